@@ -1,0 +1,65 @@
+# One target, one job. Each makes the environment if it is missing and brings it up to date when
+# pyproject.toml or constraints.txt changed. Plain pip, GNU make, nothing else.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# The torch build is chosen before the rest, by the version that constraints.txt names.
+TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+COV    ?=
+
+DEMO_POLICY ?= ValueGuard() >> Stochastic(1.0) >> TopK(256)
+DEMO_PROMPT ?= Explain, step by step, why the sum of the first n odd numbers is n squared.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test packaging lint types bench docs clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== environment: $(VENV) with $(TORCH) and the development tools"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## generate with a policy and compare with the full cache
+	@echo "== demo: one prompt, with the whole cache and under a policy"
+	@$(BIN)/kvpolicy generate --policy "$(DEMO_POLICY)" --max-new-tokens 512 --compare "$(DEMO_PROMPT)"
+
+test: $(READY) ## unit tests, then doctests (COV=1 adds coverage)
+	@echo "== test: tests/ on two workers, then the examples in the docstrings"
+	@$(PYTEST) -n 2 $(if $(COV),--cov --cov-report=)
+	@$(PYTEST) --doctest-modules --doctest-ignore-import-errors $(if $(COV),--cov --cov-append) kvpolicy
+
+packaging: $(READY) ## build, install into empty environments, import everything
+	@echo "== packaging: sdist, wheel, empty environments, checkouts without symbolic links"
+	@$(PYTEST) tests/packaging
+
+lint: $(READY) ## ruff: rules and format
+	@echo "== lint: ruff check, ruff format --check"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(READY) ## mypy --strict and basedpyright
+	@echo "== types: mypy, basedpyright"
+	@$(BIN)/mypy
+	@$(BIN)/basedpyright
+
+bench: $(READY) ## the benchmarks (minutes)
+	@echo "== bench: python -m benchmarks"
+	@$(BIN)/python -m benchmarks
+
+docs: $(READY) ## the documentation, into site/
+	@echo "== docs: mkdocs build --strict"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## delete builds and caches, not the environment
+	@echo "== clean: builds and caches"
+	@rm -rf build dist site htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,66 @@
+"""A layer of the cache, as transformers sees it: it hands new tokens to the cache that owns it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpolicy.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from kvpolicy.adapters.hf.cache import EvictionCache
+
+__all__ = ["EvictionLayer"]
+
+
+class EvictionLayer(CacheLayerMixin):
+    """Stand for one evicting layer: logical lengths are what transformers is told; slots are ours."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: EvictionCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+
+    @property
+    def batch_size(self) -> int:
+        """Return the number of requests, -1 before the first."""
+        return self.cache.num_requests or -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new tokens; return what they attend to."""
+        return self.cache.take(self.index, key_states, value_states)
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Return the columns seen, pads among them: the position of the next token, to transformers."""
+        return self.cache.columns
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Return the length and the offset of the mask: it covers the new tokens alone."""
+        width = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return width, self.cache.columns
+
+    def get_max_length(self) -> int:
+        """Return -1: a sequence may grow for ever."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1, under the name of older versions of transformers."""
+        return -1
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Do nothing: slots are allocated when the first tokens come."""
+
+    def reset(self) -> None:
+        """Do nothing: the cache resets its stores."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Do nothing: the cache reorders its stores."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError("an EvictionCache cannot be offloaded, nor change the size of its batch")
+
+    offload = prefetch = batch_repeat_interleave = batch_select_indices = _refuse

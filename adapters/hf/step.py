@@ -1,0 +1,233 @@
+"""One forward pass through an eviction cache: what comes in, and what happens at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import UnsupportedError, UsageError
+from kvpolicy.eviction import LogitSpec, evict, fill_from
+from kvpolicy.policy import EvictionPolicy, LayerPlan
+from kvpolicy.store import Row, Store
+from kvpolicy.view import LayerSpec
+
+if TYPE_CHECKING:
+    from kvpolicy.adapters.hf.cache import EvictionCache
+
+__all__ = ["Group", "Step", "open_step"]
+
+
+@dataclass(eq=False)
+class Group:
+    """Hold the layers that share a device, a shape and a plan, and so an arena.
+
+    Attributes:
+        layers: indices.
+        plan: of each of them.
+        store: allocated when the first tokens come.
+        logits: what each layer's attention was last called with.
+    """
+
+    layers: tuple[int, ...]
+    plan: LayerPlan
+    store: Store | None = None
+    logits: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Step:
+    """Be one forward pass: a step of one token, or a turn of several.
+
+    Attributes:
+        cache: whose.
+        width: columns, pads among them.
+        counts: new tokens of each row.
+        decoding: one token a row, after the prompt.
+    """
+
+    cache: EvictionCache
+    width: int
+    counts: list[int]
+    decoding: bool
+    _after: dict[int, list[Row]] = field(default_factory=dict)
+    _visible: dict[int, Tensor | None] = field(default_factory=dict)
+    _taken: set[int] = field(default_factory=set)
+    _attended: set[int] = field(default_factory=set)
+
+    def take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take new keys and values of one layer; return what the new tokens attend to."""
+        if torch.is_grad_enabled() and keys.requires_grad:
+            raise UsageError("slots carry no gradients: run the model under torch.no_grad()")
+        if layer in self._taken:
+            raise UsageError(f"layer {layer} gave its keys twice in one forward pass")
+        self._taken.add(layer)
+        store = self._store(group, layer, keys, values)
+        index = group.layers.index(layer)
+        if self.decoding:
+            store.append(index, keys, values, self.counts)
+            end = store.longest + 1
+            return store.keys[index, :, :, :end], store.values[index, :, :, :end]
+        if not store.longest:
+            return keys, values
+        held = slice(0, store.longest)
+        return (
+            torch.cat([store.keys[index, :, :, held], keys], 2),
+            torch.cat([store.values[index, :, :, held], values], 2),
+        )
+
+    def _store(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> Store:
+        """Return the store of a layer, allocated when its group's first layer runs."""
+        shape = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+        if group.store is None:
+            heads, dim, value_dim, dtype, device = shape
+            config = self.cache.config
+            group_size = config.num_attention_heads // config.num_key_value_heads
+            spec = LayerSpec(heads, heads * group_size, dim, value_dim, group.plan.capacity, dtype, device)
+            rows = [Row(request=request, seed=seed) for request, seed in self.cache.new_seeds(len(self.counts))]
+            group.store = Store(self.cache.policy, group.plan, spec, group.layers, rows)
+        spec = group.store.spec
+        known = (spec.num_heads, spec.head_dim, spec.value_dim, spec.dtype, spec.device)
+        if shape != known:
+            raise UnsupportedError(
+                f"layer {layer} has (heads, key size, value size, dtype, device) = {shape}, and layer "
+                f"{group.layers[0]} has {known}; layers of different shapes are not supported yet"
+            )
+        if id(group) not in self._after:
+            self._open(group, group.store)
+        return group.store
+
+    def _open(self, group: Group, store: Store) -> None:
+        """Work out, once a group and step, what its layers share."""
+        self._after[id(group)] = [
+            row.advanced(count, decoding=self.decoding) for row, count in zip(store.rows, self.counts, strict=True)
+        ]
+        if not self.decoding and store.longest:
+            store.settle()
+        lengths = store.column("length") + (1 if self.decoding else 0)
+        size = store.longest + (1 if self.decoding else 0)
+        whole = store.uniform and (self.decoding or not size)
+        slots = torch.arange(size, device=store.spec.device)
+        self._visible[id(group)] = None if whole else (slots < lengths[:, None])[:, None, None]
+
+    def visible(self, group: Group) -> Tensor | None:
+        """Return which slots hold tokens, ``[requests, 1, 1, slots]`` bool; None where none need hiding."""
+        return self._visible[id(group)]
+
+    def attended(
+        self, group: Group, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: dict[str, Any]
+    ) -> None:
+        """Remember the queries of one layer, and put a turn's tokens into its slots."""
+        store, index = group.store, group.layers.index(layer)
+        assert store is not None
+        self._attended.add(layer)
+        group.logits[layer] = {name: logits.get(name) for name in ("scaling", "softcap", "s_aux")}
+        if query.shape[1] != store.spec.num_query_heads:
+            raise UnsupportedError(
+                f"layer {layer} has {query.shape[1]} query heads, and {store.spec.num_query_heads} were expected"
+            )
+        store.observe(index, query, self.counts)
+        if self.decoding:
+            return
+        after = self._after[id(group)]
+        if max(row.length for row in after) <= store.plan.budget:
+            store.append(index, key[:, :, store.longest :], value[:, :, store.longest :], self.counts)
+        else:
+            spec = self._logit_spec(group, [layer], store)
+            fill_from(store, index, key, value, self.counts, after, spec)
+
+    def commit(self, policy: EvictionPolicy) -> None:
+        """Make the step count, and evict where it is due."""
+        for group in self.cache.groups:
+            missing = set(group.layers) - self._attended
+            if missing or group.store is None:
+                raise UsageError(
+                    f"layer {min(missing)} did not attend through kvpolicy in this forward pass; "
+                    "was set_attn_implementation() called while the cache was bound?"
+                )
+            self._commit(group, group.store, policy)
+
+    def _commit(self, group: Group, store: Store, policy: EvictionPolicy) -> None:
+        plan, after = store.plan, self._after[id(group)]
+        filled = not self.decoding and max(row.length for row in after) > plan.budget
+        if filled:
+            after = [row.evicted(min(row.length, plan.budget), plan.recent) for row in after]
+        store.advance(after)
+        boundary = self.decoding and plan.interval is not None and store.rows[0].decoded % plan.interval == 0
+        if filled or not (boundary or not self.decoding):
+            return
+        due = [row.length > plan.budget for row in store.rows]
+        if any(due) or "every_query" in policy.needs:
+            evict(store, due, self._logit_spec(group, group.layers, store))
+
+    def _logit_spec(self, group: Group, layers: Any, store: Store) -> LogitSpec:
+        """Return what attention does to logits, the same for all layers of a store but for sinks."""
+        found = [group.logits[layer] for layer in layers]
+        first = found[0]
+        if any(one["scaling"] != first["scaling"] or one["softcap"] != first["softcap"] for one in found):
+            raise UnsupportedError("layers scale their logits differently, which is not supported yet")
+        sinks = None if first["s_aux"] is None else torch.stack([one["s_aux"].detach() for one in found])
+        return LogitSpec(
+            scaling=store.spec.head_dim**-0.5 if first["scaling"] is None else float(first["scaling"]),
+            softcap=first["softcap"],
+            sinks=sinks,
+            num_layers=len(self.cache.layers),
+            num_heads=store.spec.num_heads,
+            workspace=self.cache.workspace,
+        )
+
+
+def open_step(cache: EvictionCache, arguments: dict[str, Any]) -> Step:
+    """Return the step that a forward pass with these arguments is.
+
+    Raises:
+        UsageError: these arguments cannot give a right answer; nothing was changed.
+    """
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        raise UsageError("the forward pass has neither input_ids nor inputs_embeds")
+    if arguments.get("output_attentions"):
+        raise UsageError("evicted tokens have no attention weights to show: leave output_attentions out")
+    requests, width = tokens.shape[0], tokens.shape[1]
+    if cache.num_requests and requests != cache.num_requests:
+        raise UsageError(
+            f"the cache holds {cache.num_requests} requests, and the batch has {requests} rows; "
+            "a batch keeps its size until reset()"
+        )
+    started = cache.columns > 0
+    seen = cache.seen or [0] * requests
+    counts = _counts(arguments.get("attention_mask"), cache.columns, width, seen)
+    return Step(cache, width, counts, decoding=started and width == 1)
+
+
+def _counts(mask: Any, columns: int, width: int, seen: list[int]) -> list[int]:
+    """Return the new tokens of each row, which an attention mask tells from pads."""
+    if mask is None:
+        if any(one != columns for one in seen):
+            raise UsageError("some rows were padded: pass the attention_mask with every later call, too")
+        return [width] * len(seen)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UsageError("an EvictionCache takes a two-dimensional attention_mask, of ones and zeros, or none")
+    if tuple(mask.shape) != (len(seen), columns + width):
+        raise UsageError(
+            f"attention_mask is {tuple(mask.shape)}; it must cover {len(seen)} rows and the {columns} columns seen "
+            f"with the {width} new ones: ({len(seen)}, {columns + width})"
+        )
+    new = (mask[:, columns:] != 0).to(torch.int64)
+    steps = torch.stack([(mask[:, :columns] != 0).sum(1), new.sum(1), (new.diff(dim=1) < 0).sum(1), new[:, -1]])
+    before, counts, falls, last = steps.tolist()
+    for r in range(len(seen)):
+        if falls[r] or not last[r]:
+            raise UsageError(
+                f"row {r} of attention_mask has a pad behind a token; pad on the left: "
+                "tokenizer.padding_side = 'left'"
+            )
+        if before[r] != seen[r]:
+            raise UsageError(
+                f"row {r} of attention_mask shows {before[r]} tokens among the columns seen, and the cache has seen "
+                f"{seen[r]}; tokens cannot be hidden later"
+            )
+    return [int(count) for count in counts]

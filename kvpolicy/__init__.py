@@ -1,0 +1,102 @@
+"""Decide what a language model may forget: KV-cache eviction policies.
+
+    >>> from kvpolicy import Policy, Stochastic, TopK, ValueGuard
+    >>> Policy(ValueGuard() >> Stochastic(tau=1.0) >> TopK(1024))
+    Policy(ValueGuard() >> Stochastic() >> TopK(1024))
+
+Importing kvpolicy changes nothing in any library, and loads torch alone.
+"""
+
+from pathlib import Path as _Path
+
+from kvpolicy.allocators import Allocator, Uniform
+from kvpolicy.errors import (
+    BindError,
+    BudgetError,
+    CompositionError,
+    IntegrityError,
+    KVPolicyError,
+    ParameterError,
+    ParseError,
+    PolicyError,
+    UnsupportedError,
+    UsageError,
+)
+from kvpolicy.guards import Prompt, Sinks, ValueGuard
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
+from kvpolicy.scorers import (
+    AccumulatedAttention,
+    Attention,
+    Constant,
+    KeyDifference,
+    KeyNorm,
+    LastQuery,
+    Leverage,
+    Recency,
+    Redundancy,
+    ValueNorm,
+)
+from kvpolicy.scores import Keep, Scores, Tier, select_top
+from kvpolicy.selectors import TopK
+from kvpolicy.stage import Chain, Scorer, Selector, Stage, TokenNumber, Transform, maximum
+from kvpolicy.transforms import Normalize, Stochastic
+from kvpolicy.view import LayerSpec, StageState, State, View
+
+__version__ = "0.1.0"
+
+# In a checkout without symbolic links, kvpolicy/policies and kvpolicy/adapters are small files and
+# the packages stand beside this one.
+if not (_Path(__file__).parent / "policies").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+__all__ = [
+    "AccumulatedAttention",
+    "Allocator",
+    "Attention",
+    "BindError",
+    "BudgetError",
+    "Chain",
+    "CompositionError",
+    "Constant",
+    "EvictionPolicy",
+    "IntegrityError",
+    "KVPolicyError",
+    "Keep",
+    "KeyDifference",
+    "KeyNorm",
+    "LastQuery",
+    "LayerPlan",
+    "LayerSpec",
+    "Leverage",
+    "ModelSpec",
+    "Normalize",
+    "ParameterError",
+    "ParseError",
+    "Plan",
+    "Policy",
+    "PolicyError",
+    "Prompt",
+    "Recency",
+    "Redundancy",
+    "Scorer",
+    "Scores",
+    "Selector",
+    "Sinks",
+    "Stage",
+    "StageState",
+    "State",
+    "Stochastic",
+    "Tier",
+    "TokenNumber",
+    "TopK",
+    "Transform",
+    "Uniform",
+    "UnsupportedError",
+    "UsageError",
+    "ValueGuard",
+    "ValueNorm",
+    "View",
+    "__version__",
+    "maximum",
+    "select_top",
+]

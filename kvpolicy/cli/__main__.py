@@ -1,0 +1,5 @@
+"""Run ``python -m kvpolicy.cli``."""
+
+from kvpolicy.cli import main
+
+main()

@@ -1,0 +1,50 @@
+"""What goes to the terminal: results to stdout; progress, warnings and errors to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+__all__ = ["note", "rule", "stderr", "stdout", "warn", "working"]
+
+
+def stdout() -> Console:
+    """Return a console for results."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def stderr() -> Console:
+    """Return a console for everything that is no result."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def rule(title: str) -> None:
+    """Print a heading to stdout."""
+    stdout().print(f"── {title}", style="dim", markup=False, soft_wrap=True)
+
+
+def note(text: str, style: str | None = None) -> None:
+    """Print a line to stderr as it is, however long."""
+    stderr().print(text, style=style, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    note(f"warning: {text}", style="yellow")
+
+
+@contextmanager
+def working(text: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show what is being done: a spinner on a terminal, a plain line elsewhere."""
+    console = stderr()
+    if quiet:
+        yield
+    elif console.is_terminal:
+        with console.status(f"{text} ..."):
+            yield
+    else:
+        note(f"{text} ...")
+        yield

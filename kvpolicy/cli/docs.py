@@ -1,0 +1,93 @@
+"""Read what docstrings and signatures say."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Parameter", "links", "parameters", "prose", "summary"]
+
+#: A heading of a google-style docstring whose content the parameter table repeats.
+_SECTION = re.compile(r"^(Args|Attributes):\s*$")
+_ARXIV = re.compile(r"arXiv[: ]\s*(\d{4}\.\d{4,5})", re.IGNORECASE)
+_URL = re.compile(r"https?://[^\s)>\]`'\"]+")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Describe one parameter; ``default`` is empty where it must be given."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def summary(thing: object) -> str:
+    """Return the first sentence of a docstring, without ``Return``.
+
+    >>> summary(links)
+    'the papers and pages that a text names, each once.'
+    """
+    paragraph = " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
+    first = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph, maxsplit=1)[0]
+    return first.removeprefix("Return ")
+
+
+def links(text: str) -> list[str]:
+    """Return the papers and pages that a text names, each once.
+
+    >>> links("VaSE (arXiv 2606.03928); see https://arxiv.org/abs/2606.03928.")
+    ['https://arxiv.org/abs/2606.03928']
+    """
+    found = [(match.start(), match[0].rstrip(".,;:")) for match in _URL.finditer(text)]
+    found += [(m.start(), f"https://arxiv.org/abs/{m[1]}") for m in _ARXIV.finditer(text)]
+    return list(dict.fromkeys(url for _, url in sorted(found)))
+
+
+def prose(thing: object) -> str:
+    """Return a docstring without the list of parameters, which the signature knows better."""
+    kept: list[str] = []
+    skipping = False
+    for line in (inspect.getdoc(thing) or "").splitlines():
+        if _SECTION.match(line):
+            skipping = True
+        elif line and not line.startswith(" "):
+            skipping = False
+        if not skipping:
+            kept.append(line)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+
+
+def parameters(thing: Callable[..., Any]) -> list[Parameter]:
+    """Return the parameters of a stage or a recipe."""
+    meanings = _meanings(inspect.getdoc(thing) or "")
+    return [
+        Parameter(
+            name if one.kind is not one.VAR_POSITIONAL else f"*{name}",
+            "" if one.annotation is one.empty else inspect.formatannotation(one.annotation),
+            "" if one.default is one.empty else repr(one.default),
+            meanings.get(name, ""),
+        )
+        for name, one in inspect.signature(thing).parameters.items()
+    ]
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """Return what the ``Args:`` section says of each parameter."""
+    found: dict[str, str] = {}
+    inside, name = False, ""
+    for line in docstring.splitlines():
+        if _SECTION.match(line):
+            inside = True
+        elif line and not line.startswith(" "):
+            inside = False
+        elif inside and (match := re.match(r"^ {4}(\w+)(?: \([^)]*\))?:\s*(.*)$", line)):
+            name = match[1]
+            found[name] = match[2]
+        elif inside and name and line.strip():
+            found[name] += " " + line.strip()
+    return found

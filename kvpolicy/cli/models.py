@@ -1,0 +1,134 @@
+"""Load a model and its tokenizer by the name of a folder or of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from kvpolicy.cli.console import warn, working
+from kvpolicy.cli.devices import choose_device, choose_dtype
+from kvpolicy.cli.errors import CommandError, RunError, one_line
+
+__all__ = ["Loaded", "load"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Hold a model, its tokenizer, and what the user calls it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def load(name: str, dtype: str, device: str) -> Loaded:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: a folder, or a model's name on the hub.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
+        device: as torch writes it, or ``"auto"``.
+
+    Raises:
+        CommandError: there is no such model, or it is not one that generates text.
+        RunError: the hub cannot be reached.
+    """
+    where = choose_device(device)
+    number = choose_dtype(dtype, where)
+    source, options = _source(name)
+    label = Path(source).name if options["local_files_only"] else name
+    with working(f"loading {label} ({str(number).removeprefix('torch.')} on {where})"):
+        try:
+            return _load(name, source, number, where, options)
+        except ImportError as error:
+            raise RunError(f"loading {name} needs more packages: {one_line(error)}") from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise RunError(
+                f"{name} does not fit into the memory of {where}: {one_line(error)}"
+            ) from error
+        except CommandError:
+            raise
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+            raise CommandError(f"cannot load {name}: {one_line(error)}") from error
+
+
+def _load(
+    name: str, source: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+) -> Loaded:
+    from kvpolicy.cli.quiet import quiet
+
+    with quiet(bars=not options["local_files_only"]):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        read: Any = AutoModelForCausalLM.from_pretrained  # what it returns depends on an option
+        model, info = read(source, dtype=dtype, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if missing := sorted(info["missing_keys"]):
+        warn(f"{name} lacks {len(missing)} weights, which are random now: {', '.join(missing[:3])}")
+    model.generation_config.cache_implementation = None  # the cache is ours to choose
+    return Loaded(name, model.to(device).eval(), tokenizer)
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what to hand to transformers, and whether it may look at the network.
+
+    Raises:
+        CommandError: neither a folder nor a name.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CommandError(f"the folder {name} holds no model: there is no config.json in it")
+        return str(path), {"local_files_only": True}
+    if path.exists():
+        raise CommandError(
+            f"{name} is a file; --model takes the folder that holds config.json, or a hub name"
+        )
+    if not name.strip() or name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
+        raise CommandError(
+            f"there is no folder {name!r}; --model takes a folder, or a hub name (owner/model)"
+        )
+    return name, {"local_files_only": not _hub_answers(name)}
+
+
+def _hub_answers(name: str) -> bool:
+    """Return whether the hub may be asked for a model; without it, the local cache must do.
+
+    The hub's own client would try for half a minute.
+
+    Raises:
+        RunError: the hub cannot be reached and the model is not in the local cache.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError as error:
+        raise CommandError(
+            f"{name!r} is neither a folder nor a hub name: {one_line(error)}"
+        ) from error
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.is_offline_mode():
+        why = "HF_HUB_OFFLINE is set"
+    elif urllib.request.getproxies():
+        return True
+    else:
+        try:
+            port = hub.port or (443 if hub.scheme == "https" else 80)
+            socket.create_connection((hub.hostname or "", port), timeout=5).close()
+            return True
+        except OSError as error:
+            why = f"{hub.hostname} cannot be reached ({error.strerror or error})"
+    if not cached:
+        raise RunError(
+            f"the model {name} is neither a folder nor in the local cache, and {why}: connect to "
+            "the network, or give the folder of a model that you have, or leave --model out"
+        )
+    return False

@@ -1,0 +1,124 @@
+"""Run a model once over a prompt, with any cache, and time it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from kvpolicy.cli.models import Loaded
+from kvpolicy.cli.quiet import quiet
+
+__all__ = ["Run", "Sampling", "held_bytes", "run"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Say how many tokens are drawn, and how.
+
+    Attributes:
+        max_new_tokens: at most.
+        temperature: 0 takes the likeliest token.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what ``generate`` takes."""
+        if self.temperature > 0:
+            how: dict[str, Any] = {"do_sample": True, "temperature": self.temperature}
+        else:
+            how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"max_new_tokens": self.max_new_tokens, "num_beams": 1, **how}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold what one run wrote, and how long it took.
+
+    Attributes:
+        tokens: ids, the end token among them.
+        prefill: seconds from the start to the first token.
+        decode: seconds from the first token to the last one.
+    """
+
+    tokens: tuple[int, ...]
+    prefill: float
+    decode: float
+
+    @property
+    def rate(self) -> float | None:
+        """Return decoded tokens per second; None where no token was decoded after the first."""
+        return (
+            (len(self.tokens) - 1) / self.decode if len(self.tokens) > 1 and self.decode else None
+        )
+
+    def timing(self) -> str:
+        """Return one line: tokens, tokens per second, time to the first token."""
+        rate = "" if self.rate is None else f", {self.rate:.1f} tokens per second (decode)"
+        return f"{len(self.tokens)} tokens{rate}, first token after {self.prefill:.2f} s"
+
+
+class Meter(TextStreamer):
+    """Print the text while it is generated, and note when each token came."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt first, then token after token."""
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+            self.tokens.extend(value.flatten().tolist())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of text."""
+        self.write(text + "\n" if stream_end else text)
+
+
+def run(loaded: Loaded, inputs: dict[str, Any], cache: Any, sampling: Sampling) -> Run:
+    """Generate with a cache, print the text to stdout as it comes, and return what was measured.
+
+    Modifies the cache, and torch's global random state.
+    """
+    meter = Meter(loaded.tokenizer, _write)
+    on_device = {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
+    torch.manual_seed(sampling.seed)
+    with quiet(), torch.inference_mode():
+        start = time.perf_counter()
+        loaded.model.generate(
+            **on_device, past_key_values=cache, streamer=meter, **sampling.arguments()
+        )
+    times = meter.times or [start]
+    return Run(tuple(meter.tokens), times[0] - start, times[-1] - times[0])
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def held_bytes(cache: Any) -> int:
+    """Return the bytes of all storage that the layers of a transformers cache hold.
+
+    A tensor that is a piece of a larger one counts as the larger one, which it keeps alive.
+    """
+    storages: dict[int, int] = {}
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

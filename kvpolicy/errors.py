@@ -1,0 +1,85 @@
+"""Every error that kvpolicy raises on purpose.
+
+::
+
+    KVPolicyError
+    ├── PolicyError                 the policy itself is wrong, before any model is seen
+    │   ├── CompositionError        two stages cannot stand beside each other  (also a TypeError)
+    │   ├── ParameterError          a parameter is out of its range            (also a ValueError)
+    │   └── ParseError              a policy text cannot be read               (also a ValueError)
+    ├── BindError                   this policy cannot run on this model or engine
+    │   ├── BudgetError             budgets, guards and recent tokens do not fit (also a ValueError)
+    │   └── UnsupportedError        the engine cannot give what is needed
+    ├── UsageError                  a bound cache was used in a way that cannot be right
+    └── IntegrityError              a store contradicts itself: a bug, please report it
+
+A message says what was asked, what was found, and what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BindError",
+    "BudgetError",
+    "CompositionError",
+    "IntegrityError",
+    "KVPolicyError",
+    "ParameterError",
+    "ParseError",
+    "PolicyError",
+    "UnsupportedError",
+    "UsageError",
+]
+
+
+class KVPolicyError(Exception):
+    """Stand at the root of every error that kvpolicy raises on purpose."""
+
+
+class PolicyError(KVPolicyError):
+    """Report a policy that is wrong whatever the model."""
+
+
+class CompositionError(PolicyError, TypeError):
+    """Report two stages that cannot stand beside each other."""
+
+
+class ParameterError(PolicyError, ValueError):
+    """Report a parameter out of its range."""
+
+
+class ParseError(PolicyError, ValueError):
+    """Report a policy text that cannot be read."""
+
+
+class BindError(KVPolicyError):
+    """Report a policy that cannot run on this model or engine."""
+
+
+class BudgetError(BindError, ValueError):
+    """Report budgets, guards and recent tokens that do not fit into each other."""
+
+
+class UnsupportedError(BindError):
+    """Report something that the engine cannot do correctly."""
+
+
+class UsageError(KVPolicyError):
+    """Report a use of a bound cache that cannot give a right answer."""
+
+
+class IntegrityError(KVPolicyError):
+    """Report a store whose parts contradict each other."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string.
+
+    >>> nearest("windw", ["window", "pool"])
+    " (did you mean 'window'?)"
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,228 @@
+"""Evictions: show a policy what a store holds, and do what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.compaction import compress
+from kvpolicy.store import Row, Store
+from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
+from kvpolicy.window import oldest_first
+
+__all__ = ["LogitSpec", "evict", "fill_from"]
+
+_BYTES_PER_SLOT = 96  #: what tiers, keys of the total order and masks of one slot take at once
+
+
+@dataclass(frozen=True)
+class LogitSpec:
+    """Say what a model's attention does to logits, and which heads these are.
+
+    Attributes:
+        scaling: what logits are multiplied by.
+        softcap: what they are capped with, or None.
+        sinks: ``[layers, Hq]``, a logit that takes part in every softmax, or None.
+        num_layers: layers of the model.
+        num_heads: KV heads of the model.
+        head_offset: the global index of head 0.
+        workspace: bytes that the temporaries of one eviction may take.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    num_layers: int = 1
+    num_heads: int = 1
+    head_offset: int = 0
+    workspace: int = DEFAULT_WORKSPACE
+
+
+def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
+    """Cut the rows that are due to their budget, in every layer of the store, in place.
+
+    Rows that are not due keep everything, but the policy sees them.
+
+    Args:
+        store: modified.
+        due: for each request.
+        logits: what the model's attention does.
+    """
+    store.settle()
+    budgets = [store.plan.budget if is_due else row.length for row, is_due in zip(store.rows, due, strict=True)]
+    limit = max(row.length - budget for row, budget in zip(store.rows, budgets, strict=True))
+    total, heads = len(store.layers) * len(store.rows), store.spec.num_heads
+    every = _whole_view(store, budgets, limit, logits)
+    step = max(1, logits.workspace // 2 // (heads * store.spec.capacity * _BYTES_PER_SLOT))
+    for start in range(0, total, step):
+        at = slice(start, min(start + step, total))
+        view = _rows_of(every, at)
+        keep, state = store.policy.select(view, store.state_of(at))
+        store.remember(at, state)
+        if limit > 0:
+            store.compact(at, keep, view.lengths, torch.minimum(view.budget, view.lengths), limit)
+    store.rows = [row.evicted(budget, store.plan.recent) for row, budget in zip(store.rows, budgets, strict=True)]
+
+
+def _whole_view(store: Store, budgets: Sequence[int], limit: int, logits: LogitSpec) -> View:
+    layers, heads, device = len(store.layers), store.spec.num_heads, store.spec.device
+    queries, query_positions = oldest_first(store.window.queries, store.window.positions, store.window.at)
+    lengths, settled = store.column("length"), store.column("settled")
+    newest = max(row.length - row.settled for row in store.rows)
+    fresh = settled[:, None] + torch.arange(newest, device=device)
+    fresh = torch.where(fresh < lengths[:, None], fresh, -1)
+    by_head = torch.tensor(budgets, device=device)[:, None].expand(-1, heads)
+    return View(
+        keys=store.keys.flatten(0, 1),
+        values=store.values.flatten(0, 1),
+        positions=store.positions.flatten(0, 1),
+        order=store.order.flatten(0, 1),
+        fresh=fresh[:, None].expand(-1, heads, -1).repeat(layers, 1, 1),
+        budget=by_head.repeat(layers, 1),
+        lengths=lengths[:, None].expand(-1, heads).repeat(layers, 1),
+        layer=torch.tensor(store.layers, device=device).repeat_interleave(len(store.rows)),
+        max_budget=max(budgets),
+        max_victims=limit,
+        queries=queries.flatten(0, 1) if store.plan.window else None,
+        query_positions=query_positions.flatten(0, 1) if store.plan.window else None,
+        sink_logits=None if logits.sinks is None else logits.sinks.repeat_interleave(len(store.rows), 0),
+        **_of_rows(store.rows, layers, device),
+        **_of_model(store, logits),
+    )
+
+
+def fill_from(
+    store: Store,
+    index: int,
+    keys: Tensor,
+    values: Tensor,
+    counts: Sequence[int],
+    after: Sequence[Row],
+    logits: LogitSpec,
+) -> None:
+    """Cut one layer to its budget while the tokens of a turn do not fit into its slots.
+
+    What the layer holds and the new tokens are one temporary layer; its survivors become the
+    layer's slots. Every layer is filled before the next one runs, so that one layer's turn is all
+    that memory must hold besides the slots.
+
+    Args:
+        store: one layer of it is modified.
+        index: the layer, counted within the store; its queries are in the window already.
+        keys: ``[requests, H, S_old + T, D]``: the slots in use, up to the longest row, then the
+            new tokens, left-padded.
+        values: ``[requests, H, S_old + T, Dv]``.
+        counts: new tokens of each row.
+        after: every row with the new tokens and before any is dropped.
+        logits: what the model's attention does.
+    """
+    heads, device, budget = store.spec.num_heads, store.spec.device, store.plan.budget
+    old = store.longest
+    budgets = [min(row.length, budget) for row in after]
+    lengths = torch.tensor([row.length for row in after], device=device)
+    positions, order, fresh = _slots_of_turn(store, index, keys.shape[2], counts)
+    window, at = store.window.after(counts, [row.seen for row in store.rows])
+    asked, asked_positions = oldest_first(store.window.queries[index], window, at)
+    by_head = torch.tensor(budgets, device=device)[:, None].expand(-1, heads)
+    view = View(
+        keys=keys,
+        values=values,
+        positions=positions,
+        order=order,
+        fresh=fresh,
+        budget=by_head,
+        lengths=lengths[:, None].expand(-1, heads),
+        layer=torch.full((len(after),), store.layers[index], device=device),
+        max_budget=max(budgets),
+        max_victims=max(row.length - kept for row, kept in zip(after, budgets, strict=True)),
+        queries=asked if store.plan.window else None,
+        query_positions=asked_positions if store.plan.window else None,
+        sink_logits=None if logits.sinks is None else logits.sinks[index].expand(len(after), -1),
+        **_of_rows(after, 1, device),
+        **_of_model(store, logits),
+    )
+    here = slice(index * len(after), (index + 1) * len(after))
+    keep, state = store.policy.select(view, _state_of_turn(store, here, old, keys.shape[2] - old))
+    in_order = order.to(torch.int64)
+    survivors = compress(in_order, keep.mask.gather(-1, in_order), max(budgets), -1)
+    store.fill(index, survivors, keys, values, positions, state)
+    store.broken[here] += keep.broken
+
+
+def _slots_of_turn(store: Store, index: int, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return positions, order and fresh slots of what a layer holds joined with a turn's tokens."""
+    device, heads, old = store.spec.device, store.spec.num_heads, store.longest
+    width = size - old
+    count = torch.tensor(counts, device=device)[:, None, None]
+    length, settled, seen = (store.column(name)[:, None, None] for name in ("length", "settled", "seen"))
+    pad = width - count
+    slot, column = torch.arange(size, device=device), torch.arange(width, device=device)
+    new = torch.where(column >= pad, seen + column - pad, -1).expand(-1, heads, -1)
+    positions = torch.cat([store.positions[index, :, :, :old], new.to(torch.int32)], -1)
+    # In position order: the old slots, the new ones, then whatever is free, each slot once.
+    held = torch.cat([store.order[index, :, :, :old].to(torch.int64), new.new_zeros(len(counts), heads, width)], -1)
+    free = slot - length - count
+    free = torch.where(free < old - length, length + free, free + length)
+    order = torch.where(slot < length, held, torch.where(slot < length + count, old + pad + slot - length, free))
+    unsettled = length - settled
+    rank = torch.arange(max(row.length - row.settled for row in store.rows) + width, device=device)
+    fresh = torch.where(rank < unsettled, settled + rank, old + pad + rank - unsettled)
+    fresh = torch.where(rank < unsettled + count, fresh, -1).expand(-1, heads, -1)
+    return positions, order.to(torch.int32), fresh
+
+
+def _state_of_turn(store: Store, here: slice, old: int, width: int) -> State:
+    """Return the state of a layer's slots, followed by that of tokens that nobody has seen."""
+    empty = store.policy.init(dataclasses.replace(store.spec, capacity=width), here.stop - here.start)
+    joined: list[StageState | None] = []
+    for held, new in zip(store.state_of(here), empty, strict=True):
+        if held is None or new is None:
+            joined.append(None)
+            continue
+        pairs = zip(held.slots, new.slots, strict=True)
+        joined.append(StageState(tuple(torch.cat([a[:, :, :old], b], 2) for a, b in pairs), held.rows))
+    return tuple(joined)
+
+
+def _of_rows(rows: Sequence[Row], layers: int, device: torch.device) -> dict[str, Any]:
+    """Return the view's fields that count what happened to each row, repeated for each layer."""
+    names = {
+        "seen": "seen",
+        "prompt": "prompt_length",
+        "evictions": "evictions",
+        "request": "request",
+        "seed": "seed",
+    }
+    return {
+        to: torch.tensor([getattr(row, of) for row in rows], dtype=torch.int64, device=device).repeat(layers)
+        for of, to in names.items()
+    }
+
+
+def _of_model(store: Store, logits: LogitSpec) -> dict[str, Any]:
+    return {
+        "recent": store.plan.recent,
+        "num_layers": logits.num_layers,
+        "num_heads": logits.num_heads,
+        "head_offset": logits.head_offset,
+        "scaling": logits.scaling,
+        "softcap": logits.softcap,
+        "workspace": logits.workspace,
+    }
+
+
+def _rows_of(view: View, at: slice) -> View:
+    """Return some rows of a view."""
+    return dataclasses.replace(
+        view,
+        **{
+            field.name: value[at]
+            for field in dataclasses.fields(view)
+            if isinstance(value := getattr(view, field.name), Tensor)
+        },
+    )

@@ -1,0 +1,130 @@
+"""Read a policy from text, without ``eval``."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from kvpolicy import registry
+from kvpolicy.errors import ParseError, PolicyError, nearest
+from kvpolicy.policy import Policy
+from kvpolicy.stage import Chain, Scorer, Selector, Transform, maximum
+
+__all__ = ["parse"]
+
+
+def parse(text: str) -> Policy:
+    """Return the policy that a text describes: a policy, a bare chain, or a recipe's call.
+
+    Raises:
+        ParseError: the text is none of these; the message says where and what would be.
+    """
+    if not isinstance(text, str):
+        raise ParseError(f"a policy text is a string, found {type(text).__name__}; a Policy needs no parsing")
+    source = text.strip()
+    if not source:
+        raise ParseError('the policy text is empty; write, say, "ValueGuard() >> Stochastic(1.0) >> TopK(1024)"')
+    try:
+        tree = ast.parse(source, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ParseError(f"cannot read {_short(source)!r}: {_reason(error)}") from error
+    try:
+        value = _Reader(source).read(tree.body)
+    except RecursionError as error:
+        raise ParseError(f"cannot read {_short(source)!r}: nested too deeply") from error
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, Chain | Selector):
+        return Policy(value)
+    if isinstance(value, Scorer | Transform):
+        raise ParseError(f"{_short(source)!r} has no selector; write {value!r} >> TopK(budget)")
+    raise ParseError(f"{_short(source)!r} is not a policy but {value!r}")
+
+
+class _Reader:
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def read(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int() | float() | str() | bool() | None as value):
+                return value
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=ast.Constant(value=int() | float() as value)):
+                return -value if isinstance(sign, ast.USub) else value
+            case ast.Tuple(elts=items) | ast.List(elts=items):
+                return tuple(self.read(item) for item in items)
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                return self.call(name, args, keywords)
+            case ast.BinOp(left=left, op=ast.RShift(), right=right):
+                return self.read(left) >> self.read(right)
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return self.combine(node, self.read(left), "+", self.read(right))
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return self.combine(node, self.read(left), "*", self.read(right))
+            case ast.Name(id=name) if name in _callables():
+                self.refuse(node, f"write {name}() with brackets")
+            case ast.Name(id=name):
+                self.unknown(node, name)
+            case _:
+                self.refuse(node, "a policy text holds stages, numbers, strings, >>, + and * alone")
+
+    def combine(self, node: ast.expr, left: Any, sign: str, right: Any) -> Any:
+        if not isinstance(left, Scorer) and not (sign == "*" and isinstance(right, Scorer)):
+            self.refuse(node, f"{sign} mixes scorers, and {left!r} is none")
+        return left + right if sign == "+" else left * right
+
+    def call(self, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Any:
+        target = _callables().get(name)
+        if target is None:
+            self.unknown(ast.Name(id=name, ctx=ast.Load()), name)
+        for star in [arg for arg in args if isinstance(arg, ast.Starred)] + [k for k in keywords if k.arg is None]:
+            self.refuse(star if isinstance(star, ast.expr) else star.value, "write every argument out; * is not read")
+        function = target()
+        positional = [self.read(arg) for arg in args]
+        named = {keyword.arg: self.read(keyword.value) for keyword in keywords if keyword.arg is not None}
+        signature = inspect.signature(function)
+        for word in named:
+            if word not in signature.parameters:
+                known = ", ".join(signature.parameters) or "none"
+                raise ParseError(f"{name} has no parameter {word!r}{nearest(word, signature.parameters)}: it has {known}")
+        try:
+            signature.bind(*positional, **named)
+        except TypeError as error:
+            raise ParseError(f"{name}{signature}: {error}") from error
+        try:
+            return function(*positional, **named)
+        except PolicyError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise ParseError(f"{name}{signature} refuses these arguments: {error}") from error
+
+    def unknown(self, node: ast.expr, name: str) -> NoReturn:
+        known = _callables()
+        raise ParseError(
+            f"{name!r} is not known{nearest(name, known)}. Stages: {', '.join(registry.stages())}. "
+            f"Recipes: {', '.join(registry.policies())}"
+        )
+
+    def refuse(self, node: ast.expr, why: str) -> NoReturn:
+        found = ast.get_source_segment(self.source, node) or ast.unparse(node)
+        raise ParseError(f"cannot read {_short(found)!r}: {why}")
+
+
+def _callables() -> dict[str, Callable[[], Callable[..., Any]]]:
+    """Return what may be called in a text, each behind a function that loads it."""
+    known: dict[str, Callable[[], Callable[..., Any]]] = {"Policy": lambda: Policy, "maximum": lambda: maximum}
+    known.update({name: entry.load for name, entry in registry.policies().items()})
+    known.update({name: entry.load for name, entry in registry.stages().items()})
+    return known
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.msg:
+        return f"{error.msg}, at character {error.offset}" if error.offset else error.msg
+    return str(error) or type(error).__name__

@@ -1,0 +1,236 @@
+"""Policies: when to evict, how much to keep, and the chain that decides what."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from kvpolicy import _check
+from kvpolicy.errors import BudgetError, CompositionError
+from kvpolicy.scorers.attention import Attention
+from kvpolicy.scores import Keep
+from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, describe
+from kvpolicy.view import LayerSpec, State, View
+
+__all__ = ["EvictionPolicy", "LayerPlan", "ModelSpec", "Plan", "Policy"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Describe a model to a policy that plans for it.
+
+    Attributes:
+        num_layers: layers whose cache may be evicted, in order.
+        max_new_tokens: tokens that will be decoded at most, if the caller knows.
+    """
+
+    num_layers: int
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Fix the sizes of one layer, when a policy is bound.
+
+    Attributes:
+        budget: slots kept per KV head after an eviction.
+        capacity: slots allocated per KV head; never grown.
+        interval: decoded tokens between two evictions, or None: evict at the end of a turn only.
+        recent: the last tokens, never candidates.
+        window: queries that the observation window must hold; 0 for none.
+    """
+
+    budget: int
+    capacity: int
+    interval: int | None
+    recent: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Fix the sizes of every layer; None where a layer is left alone."""
+
+    layers: tuple[LayerPlan | None, ...]
+
+
+@runtime_checkable
+class EvictionPolicy(Protocol):
+    """Be what an adapter asks for; :class:`Policy` is one implementation.
+
+    A third party may write another in one class, without the algebra, and every adapter takes it::
+
+        class KeepNewest:
+            needs = frozenset()
+
+            def __init__(self, budget):
+                self.budget = budget
+
+            def plan(self, model):
+                layer = LayerPlan(self.budget, self.budget + 64, interval=64, recent=1, window=0)
+                return Plan((layer,) * model.num_layers)
+
+            def init(self, spec, rows):
+                return ()
+
+            def select(self, view, state):
+                return select_top(Scores.of(view, view.positions, weights=False), view, view.budget), state
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return the names of what the engine must offer; see ``Stage.needs``."""
+        ...
+
+    def plan(self, model: ModelSpec) -> Plan:
+        """Return the sizes of every layer; called once, when bound."""
+        ...
+
+    def init(self, spec: LayerSpec, rows: int) -> State:
+        """Return the state of ``rows`` empty rows."""
+        ...
+
+    def select(self, view: View, state: State) -> tuple[Keep, State]:
+        """Return the slots to keep, and the state of the view's slots before any is dropped."""
+        ...
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Policy:
+    """Evict by a chain of stages.
+
+    A chain that begins with a transform, or is a selector alone, begins with ``Attention()``. A
+    row is cut to its budget at the end of its prompt and of each later turn of several tokens,
+    and then after every ``interval`` decoded tokens, where it holds more. It never holds more
+    than budget + interval.
+
+    Args:
+        chain: ends with a selector.
+        interval: decoded tokens between two evictions; None evicts at the end of a turn only.
+        recent: the last tokens, never evicted; they count inside the budget.
+
+    Raises:
+        CompositionError: the chain is not complete.
+        ParameterError: a parameter is out of its range.
+
+    >>> from kvpolicy import Policy, Stochastic, TopK, ValueGuard
+    >>> policy = Policy(ValueGuard() >> Stochastic(tau=1.0) >> TopK(1024))
+    >>> policy == Policy.parse("ValueGuard() >> Stochastic(1.0) >> TopK(1024)") == eval(repr(policy))
+    True
+    """
+
+    chain: Chain
+    interval: int | None = 64
+    recent: int = 64
+
+    def __init__(self, chain: Chain | Selector, *, interval: int | None = 64, recent: int = 64) -> None:
+        if isinstance(chain, Selector):
+            chain = Chain(None, None, chain)
+        if not isinstance(chain, Chain):
+            ends = isinstance(chain, Scorer | Transform)
+            why = f"no selector ends it; write {chain!r} >> TopK(budget)" if ends else "a policy takes a chain of stages"
+            raise CompositionError(f"Policy({describe(chain)}): {why}")
+        if chain.scorer is None:
+            chain = dataclasses.replace(chain, scorer=Attention())
+        if interval is not None:
+            _check.integer(self, "interval", interval, 1)
+        _check.integer(self, "recent", recent, 1)
+        object.__setattr__(self, "chain", chain)
+        object.__setattr__(self, "interval", interval)
+        object.__setattr__(self, "recent", recent)
+
+    @staticmethod
+    def parse(text: str) -> Policy:
+        """Read a policy, a bare chain, or the call of a registered recipe, without ``eval``.
+
+        Raises:
+            ParseError: the text is not a policy; it names the nearest thing that would be.
+
+        >>> Policy.parse("vase(1024)")
+        Policy(ValueGuard() >> Stochastic() >> TopK(1024))
+        """
+        from kvpolicy.grammar import parse
+
+        return parse(text)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the leaves of the chain, in the order of their states."""
+        return tuple(leaf for part in self.chain.parts() for leaf in part.leaves())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what the stages need of an engine."""
+        return frozenset().union(*(stage.needs for stage in self.stages))
+
+    def plan(self, model: ModelSpec) -> Plan:
+        """Return the sizes of every layer.
+
+        Raises:
+            BudgetError: guards and recent tokens cannot fit into a budget, or ``interval=None``
+                and nobody says how many tokens will be decoded.
+        """
+        grown = self.interval if self.interval is not None else model.max_new_tokens
+        if grown is None:
+            raise BudgetError(
+                f"{self!r} evicts at the end of a turn only: say how many tokens will be decoded (max_new_tokens=...)"
+            )
+        window = max(stage.queries_read(self.interval) for stage in self.stages)
+        layers: list[LayerPlan | None] = []
+        for budget in self.chain.selector.budgets(model.num_layers, self.recent):
+            if budget is not None:
+                self._check_budget(budget)
+            layers.append(
+                None if budget is None else LayerPlan(budget, budget + grown, self.interval, self.recent, window)
+            )
+        return Plan(tuple(layers))
+
+    def init(self, spec: LayerSpec, rows: int) -> State:
+        """Return the states of the stages for ``rows`` empty rows."""
+        return tuple(stage.init(spec, rows) for stage in self.stages)
+
+    def select(self, view: View, state: State) -> tuple[Keep, State]:
+        """Return what the chain keeps, and the states after reading the view."""
+        state = tuple(
+            stage.update(view.at(index), held)
+            for index, (stage, held) in enumerate(zip(self.stages, state, strict=True))
+        )
+        scorer, transform = self.chain.scorer, self.chain.transform
+        assert scorer is not None
+        scores = scorer.score_with(view.at(0), state)
+        if transform is not None:
+            scores = transform.apply_with(scores, view.at(sum(1 for _ in scorer.leaves())), state)
+        return self.chain.selector.select(scores, view), state
+
+    def _check_budget(self, budget: int) -> None:
+        if budget <= self.recent:
+            raise BudgetError(
+                f"a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens could "
+                f"stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
+            )
+        for stage in self.stages:
+            if stage.reserved(budget) + self.recent > budget:
+                raise BudgetError(
+                    f"{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do not "
+                    f"fit into a budget of {budget}; raise the budget to at least "
+                    f"{stage.reserved(budget) + self.recent}, or protect less"
+                )
+
+    def text(self, *, full: bool = False) -> str:
+        """Return text that evaluates back to an equal policy.
+
+        Args:
+            full: write every parameter, as receipts do, since defaults may change.
+        """
+        chain = self.chain
+        if chain.scorer == Attention() and not full:
+            chain = Chain(None, chain.transform, chain.selector)
+        words = [chain.text(full=full)]
+        words += [f"interval={self.interval}"] if full or self.interval != 64 else []
+        words += [f"recent={self.recent}"] if full or self.recent != 64 else []
+        return f"Policy({', '.join(words)})"
+
+    def __repr__(self) -> str:
+        """Return text that evaluates back to an equal policy, without what equals a default."""
+        return self.text()

@@ -1,0 +1,88 @@
+"""What an adapter can prove after the fact: :class:`Receipt`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["Receipt"]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Prove what a cache holds and what happened to it.
+
+    Attributes:
+        policy: the policy of each request, with every parameter written out.
+        version: of kvpolicy.
+        seen: tokens of each request.
+        slots: slots in use, per KV head, of each request.
+        capacity: slots allocated per KV head.
+        evictions: of each request.
+        broken: guarded tokens that had to go, of each request, over all layers and heads: guards
+            protected more than the budget.
+        nbytes: bytes allocated for keys, values, positions, window and policy state of the
+            layers that evict.
+        other_nbytes: bytes that layers left alone (sliding, linear) hold now.
+        layers: the layers that evict.
+        skipped: the layers left alone, and why.
+    """
+
+    policy: tuple[str, ...]
+    version: str
+    seen: tuple[int, ...]
+    slots: tuple[int, ...]
+    capacity: int
+    evictions: tuple[int, ...]
+    broken: tuple[int, ...]
+    nbytes: int
+    other_nbytes: int
+    layers: tuple[int, ...]
+    skipped: dict[int, str]
+    _positions: Callable[[int], Tensor] = field(repr=False, compare=False)
+
+    def positions(self, layer: int) -> Tensor:
+        """Return the kept positions of one layer, ascending.
+
+        Args:
+            layer: index of a layer that evicts.
+
+        Returns:
+            ``[requests, KV heads, slots]`` int64, -1 behind the last one of a shorter row.
+
+        Raises:
+            UsageError: this layer does not evict.
+        """
+        return self._positions(layer)
+
+    def __str__(self) -> str:
+        """Return a table."""
+        lines = [f"kvpolicy {self.version}"]
+        lines += [f"policy      {text}" for text in dict.fromkeys(self.policy)]
+        lines.append(f"layers      {len(self.layers)} evict" + (f", {len(self.skipped)} left alone" if self.skipped else ""))
+        lines.append(f"memory      {size(self.nbytes)} allocated, {self.capacity} slots per KV head, never grown")
+        if self.other_nbytes:
+            lines.append(f"            {size(self.other_nbytes)} in the layers left alone")
+        lines.append(f"{'request':>7}  {'tokens seen':>11}  {'slots in use':>12}  {'evictions':>9}")
+        for r, row in enumerate(zip(self.seen, self.slots, self.evictions, strict=True)):
+            lines.append(f"{r:>7}  {row[0]:>11,}  {row[1]:>12,}  {row[2]:>9,}")
+        for r, broken in enumerate(self.broken):
+            if broken:
+                lines.append(f"request {r}: {broken:,} guarded tokens had to go, since guards protected more than the budget")
+        return "\n".join(lines)
+
+
+def size(nbytes: int) -> str:
+    """Return bytes as a person reads them.
+
+    >>> size(8_536_560)
+    '8.54 MB'
+    """
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value /= 1000
+    return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"

@@ -1,0 +1,20 @@
+"""Scorers: each gives every slot a number, higher is kept."""
+
+from kvpolicy.scorers.attention import AccumulatedAttention, Attention, LastQuery
+from kvpolicy.scorers.keys import KeyDifference, Redundancy
+from kvpolicy.scorers.leverage import Leverage
+from kvpolicy.scorers.tokens import Constant, KeyNorm, Recency, ValueNorm, magnitude
+
+__all__ = [
+    "AccumulatedAttention",
+    "Attention",
+    "Constant",
+    "KeyDifference",
+    "KeyNorm",
+    "LastQuery",
+    "Leverage",
+    "Recency",
+    "Redundancy",
+    "ValueNorm",
+    "magnitude",
+]

@@ -1,0 +1,192 @@
+"""Scorers that ask how much attention a token receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvpolicy import _check
+from kvpolicy.errors import ParameterError
+from kvpolicy.probabilities import received
+from kvpolicy.scores import Scores
+from kvpolicy.stage import Scorer
+from kvpolicy.view import LayerSpec, StageState, View
+
+__all__ = ["AccumulatedAttention", "Attention", "LastQuery"]
+
+
+@dataclass(frozen=True, repr=False)
+class Attention(Scorer):
+    """Score a token by the attention that the newest queries pay it.
+
+    Softmax in float32 (float64 for a float64 cache), reduced over the queries of the window and
+    the query heads of the group, then smoothed over neighbours in position.
+
+    Args:
+        window: how many of the newest queries are asked.
+        pool: width of the average over neighbouring positions; odd, 1 for none.
+        reduce: ``"mean"`` or ``"max"`` over window and group.
+        over: softmax over the ``"candidates"`` alone, as VaSE does, or over ``"all"`` slots.
+        temperature: divides the logits; inside the softmax, before any averaging.
+
+    Source: SnapKV (arXiv 2404.14469, section 4), in VaSE's form (arXiv 2606.03928): candidates
+    alone, mean over window and group, average pooling of 5.
+
+    >>> Attention(window=32, over="all")
+    Attention(window=32, over='all')
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+
+    window: int = 64
+    pool: int = 5
+    reduce: Literal["mean", "max"] = "mean"
+    over: Literal["candidates", "all"] = "candidates"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check.integer(self, "window", self.window, 1)
+        _check.integer(self, "pool", self.pool, 1)
+        if self.pool % 2 == 0:
+            raise ParameterError(f"Attention(pool={self.pool}): pool must be odd, such as {self.pool + 1}")
+        _check.choice(self, "reduce", self.reduce, ("mean", "max"))
+        _check.choice(self, "over", self.over, ("candidates", "all"))
+        _check.number(self, "temperature", self.temperature, 0, above=True)
+
+    def queries_read(self, interval: int | None) -> int:
+        """Return the window."""
+        return self.window
+
+    def score(self, view: View, state: StageState | None) -> Scores:
+        """Return the attention received, as weights."""
+        queries, positions = newest(view, self.window)
+        chosen = view.candidates if self.over == "candidates" else view.valid
+        count = view.num_candidates if self.over == "candidates" else view.lengths
+        # Every candidate is older than the last `recent` tokens: no query of such a window can be older.
+        causal = self.over == "all" or self.window > view.recent
+        weight = (positions >= 0).to(view.compute_dtype)
+        if self.reduce == "mean":
+            weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
+        amount = received(
+            view,
+            queries,
+            positions,
+            chosen,
+            weight,
+            causal=causal,
+            temperature=self.temperature,
+            reduce=self.reduce,
+        )
+        if self.pool > 1:
+            amount = smooth(amount, view.order, count, self.pool)
+        return Scores.of(view, amount, weights=True)
+
+
+@dataclass(frozen=True, repr=False)
+class AccumulatedAttention(Scorer):
+    """Score a token by all the attention it has received so far.
+
+    Exact over decoded tokens: every query since the last eviction is still in the window, so its
+    probabilities over the slots that it saw are added once. Of a prompt, the newest ``window``
+    queries are counted, or ``interval`` of them where that is more. The mean over the query heads
+    of a group is added.
+
+    Args:
+        window: queries of the prompt that are counted.
+
+    Source: H2O, Heavy-Hitter Oracle (arXiv 2306.14048, section 4).
+
+    >>> from kvpolicy import Policy, TopK
+    >>> Policy(AccumulatedAttention() >> TopK(1024))
+    Policy(AccumulatedAttention() >> TopK(1024))
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "every_query"})
+
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        _check.integer(self, "window", self.window, 1)
+
+    def queries_read(self, interval: int | None) -> int:
+        """Return the window, or the interval where that is more."""
+        return max(self.window, interval or 0)
+
+    def init(self, spec: LayerSpec, rows: int) -> StageState:
+        """Return zero sums, and no query counted."""
+        sums = torch.zeros(rows, spec.num_heads, spec.capacity, device=spec.device)
+        return StageState((sums,), (torch.zeros(rows, dtype=torch.int64, device=spec.device),))
+
+    def update(self, view: View, state: StageState | None) -> StageState:
+        """Return the sums with every query added that was not counted yet."""
+        assert state is not None
+        (sums,), (counted,) = state.slots, state.rows
+        assert view.queries is not None
+        assert view.query_positions is not None
+        queries, positions = view.queries, view.query_positions
+        new = (positions >= counted[:, None]).to(view.compute_dtype)
+        added = received(view, queries, positions, view.valid, new, causal=True, temperature=1.0, reduce="mean")
+        return StageState((sums + added.to(torch.float32),), (torch.maximum(view.seen, counted),))
+
+    def score(self, view: View, state: StageState | None) -> Scores:
+        """Return the sums, as weights."""
+        assert state is not None
+        return Scores.of(view, state.slots[0], weights=True)
+
+
+@dataclass(frozen=True, repr=False)
+class LastQuery(Scorer):
+    """Score a token by the attention of the newest query, averaged over all heads of the layer.
+
+    All heads of a layer keep the same tokens.
+
+    Source: TOVA, Transformers are Multi-State RNNs (arXiv 2401.06104, section 3.2).
+
+    >>> from kvpolicy import Policy, TopK
+    >>> Policy(LastQuery() >> TopK(1024), recent=1)
+    Policy(LastQuery() >> TopK(1024), recent=1)
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "cross_heads"})
+
+    def queries_read(self, interval: int | None) -> int:
+        """Return 1: the newest query."""
+        return 1
+
+    def score(self, view: View, state: StageState | None) -> Scores:
+        """Return the mean attention of the newest query, as weights."""
+        queries, positions = newest(view, 1)
+        weight = (positions >= 0).to(view.compute_dtype)
+        amount = received(view, queries, positions, view.valid, weight, causal=True, temperature=1.0, reduce="mean")
+        # Slots are unordered in each head: heads meet in position order.
+        ordered = amount.gather(-1, view.order.to(torch.int64))
+        mean = view.reduce_heads(ordered.sum(1, keepdim=True)) / view.num_heads
+        amount = torch.zeros_like(amount).scatter(-1, view.order.to(torch.int64), mean.expand_as(ordered))
+        return Scores.of(view, amount, weights=True)
+
+
+def newest(view: View, window: int) -> tuple[Tensor, Tensor]:
+    """Return the newest ``window`` queries of a view and their positions."""
+    assert view.queries is not None
+    assert view.query_positions is not None
+    return view.queries[:, :, -window:], view.query_positions[:, -window:]
+
+
+def smooth(amount: Tensor, order: Tensor, count: Tensor, width: int) -> Tensor:
+    """Average over ``width`` neighbours in position; beyond either end there is nothing, which counts as 0.
+
+    Args:
+        amount: ``[B, H, S]``, in slot order.
+        order: ``[B, H, S]``, the slots in position order.
+        count: ``[B, H]``, how many slots from the start of ``order`` take part.
+        width: odd.
+    """
+    slots = order.to(torch.int64)
+    inside = torch.arange(amount.shape[-1], device=amount.device) < count[..., None]
+    ordered = torch.where(inside, amount.gather(-1, slots), 0)
+    pooled = F.avg_pool1d(ordered, width, stride=1, padding=width // 2)
+    return torch.zeros_like(amount).scatter(-1, slots, torch.where(inside, pooled, 0))

@@ -1,0 +1,357 @@
+"""The slots of a cache: preallocated, never grown, compacted in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvpolicy.compaction import move_, moves, reorder_after
+from kvpolicy.errors import UsageError
+from kvpolicy.policy import EvictionPolicy, LayerPlan
+from kvpolicy.scores import Keep
+from kvpolicy.view import LayerSpec, StageState, State
+from kvpolicy.window import QueryWindow
+
+__all__ = ["Row", "Store"]
+
+
+@dataclass
+class Row:
+    """Count what happened to one request: host integers, the same for every layer of a store.
+
+    Attributes:
+        length: slots in use.
+        settled: slots that the policy has seen; those behind were appended since, in order.
+        seen: tokens, which is the position of the next one.
+        prompt: tokens before the first one-token step.
+        decoded: one-token steps since the last turn of several tokens.
+        evictions: so far.
+        intact: the position from which on no head has evicted anything.
+        request: keys randomness.
+        seed: keys randomness.
+    """
+
+    length: int = 0
+    settled: int = 0
+    seen: int = 0
+    prompt: int = 0
+    decoded: int = 0
+    evictions: int = 0
+    intact: int = 0
+    request: int = 0
+    seed: int = 0
+
+    def advanced(self, count: int, *, decoding: bool) -> Row:
+        """Return this row after ``count`` more tokens: a step of one, or a turn of several."""
+        prompt = self.prompt + count if not decoding and self.prompt == self.seen else self.prompt
+        return replace(
+            self,
+            length=self.length + count,
+            seen=self.seen + count,
+            prompt=prompt,
+            decoded=self.decoded + count if decoding else 0,
+        )
+
+    def evicted(self, length: int, recent: int) -> Row:
+        """Return this row after the policy has seen it and left ``length`` slots of it."""
+        if length >= self.length:
+            return replace(self, settled=self.length)
+        intact = max(self.intact, self.seen - recent)
+        return replace(self, length=length, settled=length, evictions=self.evictions + 1, intact=intact)
+
+
+class Store:
+    """Hold the slots of layers of equal shape and budget, in one arena, for a batch of requests.
+
+    Slots ``[0, length)`` of a row are in use, in every head and layer; ``positions`` says which
+    token each holds. Positions of slots appended since the last eviction stay implicit until
+    :meth:`settle`: they are consecutive, and end at ``seen - 1``. Every tensor keeps its address
+    for the life of the store.
+
+    Attributes:
+        policy: whose state is held.
+        plan: budget, capacity, interval, recent and window of each layer.
+        spec: heads, sizes, dtype and device of each layer.
+        layers: which layers of the model these are.
+        rows: one record a request.
+        keys: ``[layers, requests, H, C, D]``.
+        values: ``[layers, requests, H, C, Dv]``.
+        positions: ``[layers, requests, H, C]`` int32, -1 where free.
+        order: ``[layers, requests, H, C]`` int32, the slots in position order, free slots last.
+        window: the newest queries.
+        state: what the policy remembers: ``[layers * requests, H, C]``, and one entry a row.
+        broken: ``[layers * requests]`` int64, guarded tokens that had to go, for the receipt.
+    """
+
+    def __init__(
+        self, policy: EvictionPolicy, plan: LayerPlan, spec: LayerSpec, layers: Sequence[int], rows: Sequence[Row]
+    ) -> None:
+        if spec.capacity != plan.capacity:
+            raise UsageError(f"a layer of {spec.capacity} slots cannot follow a plan of {plan.capacity}")
+        self.policy, self.plan, self.spec = policy, plan, spec
+        self.layers, self.rows = tuple(layers), list(rows)
+        self._ends: tuple[Tensor, Tensor, Tensor] | None = None
+        lead, device = (len(self.layers), len(self.rows)), spec.device
+        slots = (*lead, spec.num_heads, spec.capacity)
+        self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=device)
+        self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
+        self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
+        self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
+        self.window = QueryWindow(*lead, spec.num_query_heads, plan.window, spec.head_dim, spec.dtype, device)
+        self.state = policy.init(spec, lead[0] * lead[1])
+        self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
+
+    # What it holds
+
+    @property
+    def uniform(self) -> bool:
+        """Return whether every row uses the same number of slots."""
+        return all(row.length == self.rows[0].length for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Return the slots in use of the longest row."""
+        return max(row.length for row in self.rows)
+
+    def column(self, name: str) -> Tensor:
+        """Return one count of every row, ``[requests]`` int64 on the store's device."""
+        return torch.tensor([getattr(row, name) for row in self.rows], dtype=torch.int64, device=self.spec.device)
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor of slots, window and policy state."""
+        held = [t for stage in self.state if stage is not None for t in (*stage.slots, *stage.rows)]
+        return [self.keys, self.values, self.positions, self.order, self.window.queries, self.window.positions, *held]
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated for slots, window and policy state.
+
+        For each layer and request, with ``C`` slots, ``e`` bytes an element and a window of ``W``:
+        ``H * C * (D + Dv) * e`` for keys and values, ``8 * H * C`` for positions and order,
+        ``Hq * W * D * e + 4 * W`` for the window where there is one, and what the stages remember.
+        Counters, a few integers a row, are not counted.
+        """
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    # Writing tokens
+
+    def append(self, index: int, keys: Tensor, values: Tensor, counts: Sequence[int]) -> None:
+        """Write new tokens behind the last slot of each row; :meth:`advance` makes them count.
+
+        Modifies ``keys`` and ``values`` of one layer.
+
+        Args:
+            index: the layer, counted within this store.
+            keys: ``[requests, H, T, D]``, left-padded.
+            values: ``[requests, H, T, Dv]``.
+            counts: new tokens of each row, which are its last columns.
+
+        Raises:
+            UsageError: they do not fit; nothing was written.
+        """
+        width, first = keys.shape[2], self.rows[0].length
+        if any(row.length + count > self.spec.capacity for row, count in zip(self.rows, counts, strict=True)):
+            raise UsageError(
+                f"a row holds {self.longest} of {self.spec.capacity} slots and cannot take {max(counts)} more: "
+                f"it was not evicted when it was due, after every {self.plan.interval} decoded tokens"
+            )
+        if self.uniform and all(count == width for count in counts):
+            self.keys[index, :, :, first : first + width].copy_(keys)
+            self.values[index, :, :, first : first + width].copy_(values)
+            return
+        if width == 1 and all(counts):
+            at = self._last_slots()
+            self.keys[index].index_put_(at, keys[:, :, 0])
+            self.values[index].index_put_(at, values[:, :, 0])
+            return
+        for r, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            self.keys[index, r, :, row.length : row.length + count].copy_(keys[r, :, width - count :])
+            self.values[index, r, :, row.length : row.length + count].copy_(values[r, :, width - count :])
+
+    def _last_slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return indices of the first free slot of every row and head; made once a step."""
+        if self._ends is None:
+            device = self.spec.device
+            rows, heads = torch.arange(len(self.rows), device=device), torch.arange(self.spec.num_heads, device=device)
+            self._ends = (rows[:, None], heads[None], self.column("length")[:, None])
+        return self._ends
+
+    def fill(self, index: int, survivors: Tensor, keys: Tensor, values: Tensor, positions: Tensor, state: State) -> None:
+        """Replace the slots of one layer by survivors of a larger, temporary layer.
+
+        Modifies every tensor of one layer but the window; :meth:`advance` makes it count.
+
+        Args:
+            index: the layer, counted within this store.
+            survivors: ``[requests, H, N]`` slots of the temporary layer in position order, -1 padded.
+            keys: ``[requests, H, S, D]``.
+            values: ``[requests, H, S, Dv]``.
+            positions: ``[requests, H, S]``.
+            state: of the temporary layer.
+        """
+        here, used = self._rows_of(index), survivors >= 0
+        slots, size = survivors.clamp(min=0), survivors.shape[-1]
+
+        def pick(x: Tensor) -> Tensor:
+            at = slots.view(*slots.shape, *[1] * (x.dim() - 3)).expand(*slots.shape, *x.shape[3:])
+            return x.gather(2, at)
+
+        self.keys[index, :, :, :size].copy_(pick(keys))
+        self.values[index, :, :, :size].copy_(pick(values))
+        self.positions[index].fill_(-1)
+        self.positions[index, :, :, :size].copy_(torch.where(used, pick(positions), -1))
+        self.order[index].copy_(torch.arange(self.spec.capacity, device=self.spec.device))
+        for mine, new in zip(self.state, state, strict=True):
+            if mine is not None and new is not None:
+                for held, given in zip(mine.slots, new.slots, strict=True):
+                    held[here, :, :size].copy_(pick(given))
+                for held, given in zip(mine.rows, new.rows, strict=True):
+                    held[here].copy_(given)
+
+    def observe(self, index: int, queries: Tensor, counts: Sequence[int]) -> None:
+        """Write the newest queries of one layer, ``[requests, Hq, T, D]``; :meth:`advance` makes them count."""
+        self.window.write(index, queries, counts)
+
+    def advance(self, rows: Sequence[Row]) -> None:
+        """Make what was written to every layer count.
+
+        Args:
+            rows: every row after it; see :meth:`Row.advanced` and :meth:`Row.evicted`.
+        """
+        counts = [after.seen - row.seen for row, after in zip(self.rows, rows, strict=True)]
+        self.window.advance(counts, [row.seen for row in self.rows])
+        self.rows = list(rows)
+        self._ends = None
+
+    # Evicting
+
+    def settle(self) -> None:
+        """Write the positions of slots appended since the last eviction.
+
+        Modifies ``positions``; ``order`` holds already, since such slots are in position order.
+        """
+        slots = torch.arange(self.spec.capacity, device=self.spec.device)
+        length, settled, seen = (self.column(name)[:, None, None] for name in ("length", "settled", "seen"))
+        new = (slots >= settled) & (slots < length)
+        self.positions.copy_(torch.where(new, (slots + seen - length).to(torch.int32), self.positions))
+
+    def compact(self, at: slice, keep: Keep, lengths: Tensor, kept: Tensor, limit: int) -> None:
+        """Drop what ``keep`` does not name: survivors of the tail move into the holes.
+
+        Modifies keys, values, positions, order and slot-aligned state of some rows, in place, in
+        ``O(evicted)`` bytes of keys and values; assigning ``rows`` makes it count.
+
+        Args:
+            at: which of the ``layers * requests`` rows.
+            keep: for these rows.
+            lengths: ``[rows, H]`` slots in use.
+            kept: ``[rows, H]`` survivors.
+            limit: the largest ``lengths - kept``, known on the host.
+        """
+        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
+        source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
+        order.copy_(reorder_after(order, keep.mask, source, target, kept))
+        moving = [self.keys.flatten(0, 1)[at], self.values.flatten(0, 1)[at], positions]
+        moving += [t[at] for stage in self.state if stage is not None for t in stage.slots]
+        move_(moving, source, target)
+        slots = torch.arange(self.spec.capacity, device=positions.device)
+        positions.masked_fill_(slots >= kept[..., None], -1)
+        self.broken[at] += keep.broken
+
+    def remember(self, at: slice, state: State) -> None:
+        """Take over the state of some of the ``layers * requests`` rows; modifies ``state``."""
+        for mine, new in zip(self.state, state, strict=True):
+            if mine is not None and new is not None:
+                for held, given in zip((*mine.slots, *mine.rows), (*new.slots, *new.rows), strict=True):
+                    if given.data_ptr() != held[at].data_ptr():
+                        held[at].copy_(given)
+
+    def state_of(self, at: slice) -> State:
+        """Return the state of some of the ``layers * requests`` rows, as views."""
+        return tuple(
+            None if held is None else StageState(tuple(t[at] for t in held.slots), tuple(t[at] for t in held.rows))
+            for held in self.state
+        )
+
+    # Undoing, reordering, starting again
+
+    def crop(self, counts: Sequence[int]) -> None:
+        """Forget the newest tokens of each row, as if they had never been seen.
+
+        Modifies every tensor of the store as far as needed. Attention that later evictions have
+        already accumulated from these tokens stays.
+
+        Args:
+            counts: tokens of each row to forget.
+
+        Raises:
+            UsageError: tokens so old that some heads have evicted some of them; nothing was changed.
+        """
+        certain = min(row.seen - row.intact for row in self.rows)
+        if not all(0 <= count <= row.seen - row.intact for row, count in zip(self.rows, counts, strict=True)):
+            raise UsageError(
+                f"crop({max(counts)}): only the newest {certain} tokens are certainly still in every head; "
+                "crop fewer, or reset() and begin again"
+            )
+        left = [row.length - count for row, count in zip(self.rows, counts, strict=True)]
+        if any(length < row.settled for row, length in zip(self.rows, left, strict=True)):
+            self._drop_newest(counts, left)
+        for row, count, length in zip(self.rows, counts, left, strict=True):
+            row.seen -= count
+            row.length, row.settled = length, min(row.settled, length)
+            row.decoded, row.prompt = max(0, row.decoded - count), min(row.prompt, row.seen)
+        self.window.crop(counts, [row.seen for row in self.rows])
+        self._ends = None
+
+    def _drop_newest(self, counts: Sequence[int], left: Sequence[int]) -> None:
+        self.settle()
+        heads, layers = self.spec.num_heads, len(self.layers)
+        below = self.column("seen") - torch.tensor(counts, device=self.spec.device)
+        positions = self.positions.flatten(0, 1)
+        mask = (positions >= 0) & (positions < below.repeat(layers)[:, None, None])
+        lengths = self.column("length").repeat(layers)[:, None].expand(-1, heads)
+        kept = torch.tensor(left, device=self.spec.device).repeat(layers)[:, None].expand(-1, heads)
+        none_broken = torch.zeros_like(self.broken)
+        self.compact(slice(None), Keep(mask, None, none_broken), lengths, kept, max(counts))
+
+    def reorder(self, requests: Tensor) -> None:
+        """Replace every row by the one that ``requests`` names, as beam search does.
+
+        Modifies every tensor, in place.
+
+        Args:
+            requests: ``[requests]`` integers.
+
+        Raises:
+            UsageError: the number of rows would change, or a row that does not exist is named.
+        """
+        named = requests.tolist()
+        if len(named) != len(self.rows) or not all(0 <= r < len(self.rows) for r in named):
+            raise UsageError(f"reorder({named}): name one of the {len(self.rows)} rows for each of them")
+        requests = requests.to(self.spec.device)
+        for tensor in (self.keys, self.values, self.positions, self.order):
+            tensor.copy_(tensor.index_select(1, requests))
+        lead = (len(self.layers), len(self.rows))
+        held = [t for stage in self.state if stage is not None for t in (*stage.slots, *stage.rows)]
+        for tensor in (*held, self.broken):
+            by_request = tensor.view(*lead, *tensor.shape[1:])
+            by_request.copy_(by_request.index_select(1, requests))
+        self.window.reorder(requests)
+        self.rows = [replace(self.rows[r]) for r in named]
+        self._ends = None
+
+    def reset(self) -> None:
+        """Forget everything but the requests' names and seeds; modifies every tensor, in place."""
+        self.positions.fill_(-1)
+        self.order.copy_(torch.arange(self.spec.capacity, device=self.spec.device))
+        self.broken.zero_()
+        self.window.reset()
+        self.remember(slice(None), self.policy.init(self.spec, len(self.layers) * len(self.rows)))
+        self.rows = [Row(request=row.request, seed=row.seed) for row in self.rows]
+        self._ends = None
+
+    def _rows_of(self, index: int) -> slice:
+        """Return which of the ``layers * requests`` rows belong to one layer."""
+        return slice(index * len(self.rows), (index + 1) * len(self.rows))

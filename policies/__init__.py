@@ -1,0 +1,24 @@
+"""The zoo: published eviction methods, one a file, each a few lines in the algebra."""
+
+from kvpolicy.policies.h2o import h2o
+from kvpolicy.policies.keydiff import keydiff
+from kvpolicy.policies.knorm import knorm
+from kvpolicy.policies.random_eviction import random_eviction
+from kvpolicy.policies.rkv import rkv
+from kvpolicy.policies.snapkv import snapkv
+from kvpolicy.policies.streaming_llm import streaming_llm
+from kvpolicy.policies.tova import tova
+from kvpolicy.policies.vase import vase, vase_dkv
+
+__all__ = [
+    "h2o",
+    "keydiff",
+    "knorm",
+    "random_eviction",
+    "rkv",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+    "vase",
+    "vase_dkv",
+]

@@ -1,0 +1,26 @@
+"""Uniform random eviction with a protected prompt: the baseline to beat.
+
+https://arxiv.org/abs/2609.03430
+"""
+
+from kvpolicy import Constant, Policy, Prompt, Stochastic, TopK
+
+__all__ = ["random_eviction"]
+
+
+def random_eviction(budget: int, *, share: float = 0.5, seed: int = 0, redraw: bool = True) -> Policy:
+    """Return uniform random eviction: the prompt stays, all else is a matter of chance.
+
+    Args:
+        budget: slots kept per KV head.
+        share: of the budget, for the prompt; both ends of a longer prompt stay.
+        seed: of the sample.
+        redraw: draw afresh at every eviction; otherwise the kept tokens are one uniform sample of
+            the whole history.
+
+    Source: https://arxiv.org/abs/2609.03430, which protects the whole prompt.
+
+    >>> random_eviction(1024)
+    Policy(Constant() >> Prompt() >> Stochastic() >> TopK(1024))
+    """
+    return Policy(Constant() >> Prompt(share) >> Stochastic(1.0, seed, redraw) >> TopK(budget))
