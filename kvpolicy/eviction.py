@@ -119,7 +119,7 @@ def fill_from(
         values: ``[requests, H, S_old + T, Dv]``.
         counts: new tokens of each row.
         after: every row with the new tokens and before any is dropped.
-        logits: what the model's attention does.
+        logits: what the attention of this layer does, its sinks ``[1, Hq]``.
     """
     heads, device, budget = store.spec.num_heads, store.spec.device, store.plan.budget
     old = store.longest
@@ -142,7 +142,7 @@ def fill_from(
         max_victims=max(row.length - kept for row, kept in zip(after, budgets, strict=True)),
         queries=asked if store.plan.window else None,
         query_positions=asked_positions if store.plan.window else None,
-        sink_logits=None if logits.sinks is None else logits.sinks[index].expand(len(after), -1),
+        sink_logits=None if logits.sinks is None else logits.sinks.expand(len(after), -1),
         **_of_rows(after, 1, device),
         **_of_model(store, logits),
     )

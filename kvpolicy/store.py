@@ -206,7 +206,9 @@ class Store:
         for mine, new in zip(self.state, state, strict=True):
             if mine is not None and new is not None:
                 for held, given in zip(mine.slots, new.slots, strict=True):
-                    held[here, :, :size].copy_(pick(given))
+                    mask = used.view(*used.shape, *[1] * (given.dim() - 3))
+                    held[here].zero_()
+                    held[here, :, :size].copy_(torch.where(mask, pick(given), 0))
                 for held, given in zip(mine.rows, new.rows, strict=True):
                     held[here].copy_(given)
 
@@ -254,10 +256,12 @@ class Store:
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
         order.copy_(reorder_after(order, keep.mask, source, target, kept))
         moving = [self.keys.flatten(0, 1)[at], self.values.flatten(0, 1)[at], positions]
-        moving += [t[at] for stage in self.state if stage is not None for t in stage.slots]
-        move_(moving, source, target)
-        slots = torch.arange(self.spec.capacity, device=positions.device)
-        positions.masked_fill_(slots >= kept[..., None], -1)
+        held = [t[at] for stage in self.state if stage is not None for t in stage.slots]
+        move_([*moving, *held], source, target)
+        free = torch.arange(self.spec.capacity, device=positions.device) >= kept[..., None]
+        positions.masked_fill_(free, -1)
+        for tensor in held:  # the next token of a slot begins with nothing
+            tensor.masked_fill_(free.view(*free.shape, *[1] * (tensor.dim() - 3)), 0)
         self.broken[at] += keep.broken
 
     def remember(self, at: slice, state: State) -> None:

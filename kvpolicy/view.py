@@ -42,7 +42,8 @@ class StageState:
     """Hold what one stage remembers: tensors only.
 
     Attributes:
-        slots: tensors ``[rows, H, S]``; the store moves them together with the keys.
+        slots: tensors ``[rows, H, S, ...]``; the store moves them together with the keys. A slot
+            that holds no token, or one that the stage has not seen, holds zeros.
         rows: tensors ``[rows, ...]``, one entry a row.
     """
 

@@ -1,0 +1,209 @@
+"""The oracle: the same policy on a cache that keeps every token and hides the evicted ones.
+
+Nothing here is shared with the store, the eviction driver or the adapter: slots are never moved,
+order is sorted anew, and attention is written out over all tokens ever seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from kvpolicy import EvictionPolicy, LayerPlan, LayerSpec, ModelSpec, StageState, View
+
+_current: list[Oracle] = []
+
+
+@dataclass
+class Layer:
+    alive: Tensor  # [R, H, S] bool
+    positions: Tensor  # [R, S]
+    queries: Tensor  # [R, Hq, N, D] every query ever
+    query_positions: Tensor  # [R, N]
+    state: Any
+    evictions: list[int]
+
+
+@dataclass
+class Oracle:
+    """Decode with a full cache, hiding what the policy has evicted."""
+
+    model: Any
+    policy: EvictionPolicy
+    max_new_tokens: int | None = None
+    seeds: list[int] | None = None
+    layers: dict[int, Layer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cache = DynamicCache(config=self.model.config)
+        kinds = [type(layer).__name__ for layer in self.cache.layers]
+        self.evicting = [i for i, kind in enumerate(kinds) if kind == "DynamicLayer"]
+        self.plan = self.policy.plan(ModelSpec(len(self.evicting), self.max_new_tokens))
+        self.columns, self.decoded, self.prompt = 0, 0, torch.zeros(0)
+        self.pads: Tensor | None = None
+        self.history: list[dict[int, Tensor]] = []
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the logits of the last token of each row, ``[R, vocabulary]``."""
+        rows, width = tokens.shape
+        new = torch.ones_like(tokens) if attention_mask is None else attention_mask[:, -width:]
+        self.valid = new.bool() if self.pads is None else torch.cat([self.pads, new.bool()], 1)
+        self.pads = self.valid
+        positions = (self.valid.long().cumsum(1) - 1).clamp(min=0)[:, -width:]
+        self.decoding = self.columns > 0 and width == 1
+        self.decoded = self.decoded + 1 if self.decoding else 0
+        if not self.decoding and len(self.prompt) == 0:
+            self.prompt = new.sum(1)
+        before, original = self.model.get_decoder(), self.model.config._attn_implementation
+        before.set_attn_implementation("oracle")
+        _current.append(self)
+        try:
+            out = self.model(
+                tokens,
+                attention_mask=self.valid.long(),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        finally:
+            _current.pop()
+            before.set_attn_implementation(original)
+        self.columns += width
+        return out.logits[:, -1]
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        layer, (rows, heads, size, _), width = module.layer_idx, key.shape, query.shape[2]
+        held = self.layers.get(layer)
+        if held is None:
+            held = self.layers[layer] = Layer(
+                torch.zeros(rows, heads, 0, dtype=torch.bool),
+                torch.zeros(rows, 0, dtype=torch.long),
+                query[:, :, :0],
+                torch.zeros(rows, 0, dtype=torch.long),
+                None,
+                [0] * rows,
+            )
+        new = self.valid[:, -width:]
+        numbers = torch.where(new, self.valid.long().cumsum(1)[:, -width:] - 1, -1)
+        held.alive = torch.cat([held.alive, new[:, None].expand(-1, heads, -1)], 2)
+        held.positions = torch.cat([held.positions, numbers], 1)
+        held.queries = torch.cat([held.queries, query], 2)
+        held.query_positions = torch.cat([held.query_positions, numbers], 1)
+        causal = torch.arange(size) <= torch.arange(size - width, size)[:, None]
+        visible = held.alive[:, :, None] & causal
+        group = query.shape[1] // heads
+        out = attention(
+            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1),
+            visible.repeat_interleave(group, 1), **kwargs,
+        )
+        self.evict(layer, held, key, value, kwargs)
+        return out.transpose(1, 2).contiguous()
+
+    def evict(self, index: int, held: Layer, keys: Tensor, values: Tensor, kwargs: dict[str, Any]) -> None:
+        plan = self.plan.layers[self.evicting.index(index)]
+        assert plan is not None
+        at_interval = self.decoding and plan.interval is not None and self.decoded % plan.interval == 0
+        length = held.alive[:, 0].sum(-1)
+        due = length > plan.budget
+        if not (at_interval or not self.decoding) or not (due.any() or "every_query" in self.policy.needs):
+            return
+        view = self.view(index, held, keys, values, plan, due, kwargs)
+        state = self.state(held, view, plan)
+        keep, state = self.policy.select(view, state)
+        held.state = state
+        held.alive = held.alive & keep.mask
+        for r, one in enumerate(due.tolist()):
+            held.evictions[r] += one
+        self.history.append({index: held.alive.clone()})
+
+    def view(
+        self, index: int, held: Layer, keys: Tensor, values: Tensor, plan: LayerPlan, due: Tensor, kwargs: Any
+    ) -> View:
+        rows, heads, size, _ = keys.shape
+        positions = torch.where(held.alive, held.positions[:, None].expand(-1, heads, -1), -1)
+        order = torch.argsort(torch.where(held.alive, positions, 2**30), dim=-1, stable=True)
+        length = held.alive.sum(-1)
+        budget = torch.where(due[:, None], plan.budget, length)
+        queries, at = held.queries, held.query_positions
+        if plan.window:  # the newest of each row, absent where it has fewer
+            pick = torch.argsort(at, dim=1, stable=True)[:, -plan.window :]
+            short = max(0, plan.window - pick.shape[1])
+            queries = queries.gather(2, pick[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
+            at = at.gather(1, pick)
+            queries = torch.nn.functional.pad(queries, (0, 0, short, 0))
+            at = torch.nn.functional.pad(at, (short, 0), value=-1)
+        zeros = torch.zeros(rows, dtype=torch.long)
+        sinks = kwargs.get("s_aux")
+        return View(
+            keys=keys, values=values, positions=positions.int(), order=order.int(),
+            fresh=torch.arange(size).expand(rows, heads, size),
+            budget=budget, lengths=length,
+            seen=self.valid.sum(1), prompt_length=self.prompt,
+            evictions=torch.tensor(held.evictions), request=zeros,
+            seed=torch.tensor(self.seeds) if self.seeds else zeros, layer=zeros + index,
+            recent=plan.recent, max_budget=int(budget.max()), max_victims=int((length - budget).max()),
+            queries=queries if plan.window else None, query_positions=at.int() if plan.window else None,
+            num_layers=len(self.cache.layers), num_heads=heads, scaling=kwargs["scaling"],
+            softcap=kwargs.get("softcap"),
+            sink_logits=None if sinks is None else sinks.detach().expand(rows, -1),
+        )  # fmt: skip
+
+    def state(self, held: Layer, view: View, plan: LayerPlan) -> Any:
+        """Return the state over all tokens ever seen: what was remembered, then nothing."""
+        rows, heads, size = view.shape
+        spec = LayerSpec(heads, held.queries.shape[1], view.keys.shape[3], view.values.shape[3], size,
+                         view.keys.dtype, view.keys.device)  # fmt: skip
+        empty = self.policy.init(spec, rows)
+        if held.state is None:
+            return empty
+        joined = []
+        for old, new in zip(held.state, empty, strict=True):
+            if old is None or new is None:
+                joined.append(None)
+                continue
+            slots = [torch.cat([a, b[:, :, a.shape[2] :]], 2) for a, b in zip(old.slots, new.slots, strict=True)]
+            joined.append(StageState(tuple(slots), old.rows))
+        return tuple(joined)
+
+    def kept(self, layer: int) -> Tensor:
+        """Return kept positions, ascending, -1 behind the last: ``[R, H, slots]``."""
+        held = self.layers[layer]
+        found = torch.where(held.alive, held.positions[:, None], 2**30).sort(-1).values
+        found = found[..., : int(held.alive.sum(-1).max())]
+        return torch.where(found == 2**30, -1, found)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, scaling: float,
+    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+) -> Tensor:  # fmt: skip
+    """Attend, written out."""
+    logits = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+    weights = torch.nan_to_num(torch.softmax(logits, -1))
+    return weights[..., : key.shape[2]] @ value
+
+
+def _oracle(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    oracle = _current[-1]
+    kwargs.pop("sliding_window", None)
+    if module.layer_idx in oracle.evicting:
+        return oracle.attend(module, query, key, value, **kwargs), None
+    group, size, width = query.shape[1] // key.shape[1], key.shape[2], query.shape[2]
+    if mask is None:
+        mask = (torch.arange(size) <= torch.arange(size - width, size)[:, None])[None, None]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    return attention(query, key, value, mask, **kwargs).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("oracle", _oracle)
+AttentionMaskInterface.register("oracle", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
