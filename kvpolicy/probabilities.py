@@ -62,6 +62,7 @@ def received(
     dtype = view.compute_dtype
     keys = view.keys.flatten(0, 1)
     asked = queries.reshape(b * h, group * window, dim)
+    inside = chosen.flatten(0, 1)[..., None]
     bias = torch.where(chosen, 0.0, _MASKED).to(dtype).flatten(0, 1)[:, None]
     weights = weight[:, None, None].expand(b, h, group, window).reshape(b * h, 1, group * window)
     sinks = None if view.sink_logits is None else view.sink_logits.reshape(b * h, group, 1, 1).to(dtype)
@@ -69,7 +70,9 @@ def received(
         future = (view.positions[:, :, None] > query_positions[:, None, :, None]).flatten(0, 1)
     out = torch.empty(b * h, s, dtype=dtype, device=keys.device)
     for at in blocks(view, group * window * s * torch.finfo(dtype).bits // 8):
-        logits = _logits(view, asked[at], keys[at], bias[at], temperature, dtype)
+        # Whatever stands in the other slots is not read: nan plus a bias would still be nan.
+        block = keys[at].to(dtype).masked_fill(~inside[at], 0)
+        logits = _logits(view, asked[at], block, bias[at], temperature, dtype)
         if causal:
             by_query = logits.view(-1, group, window, s)
             by_query.masked_fill_(future[at][:, None], _MASKED)
@@ -84,7 +87,7 @@ def received(
 
 
 def _logits(view: View, asked: Tensor, keys: Tensor, bias: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    asked, keys = asked.to(dtype), keys.to(dtype).transpose(1, 2)
+    asked, keys = asked.to(dtype), keys.transpose(1, 2)
     bias = bias.expand(-1, asked.shape[1], -1)
     if view.softcap is None:
         return torch.baddbmm(bias, asked, keys, alpha=view.scaling / temperature)

@@ -368,6 +368,10 @@ class Chain:
     selector: Selector
 
     def __post_init__(self) -> None:
+        for leaf in (leaf for part in self.parts() for leaf in part.leaves()):
+            if not dataclasses.is_dataclass(leaf):
+                name = type(leaf).__name__
+                raise CompositionError(f"{name} is not a dataclass; write @dataclass(frozen=True) above class {name}")
         if isinstance(self.scorer, Piped):  # one form for one meaning: a >> b belongs to the chain
             transform = self.scorer.transform
             object.__setattr__(self, "transform", transform if self.transform is None else transform >> self.transform)

@@ -153,9 +153,11 @@ class Store:
         """
         width, first = keys.shape[2], self.rows[0].length
         if any(row.length + count > self.spec.capacity for row, count in zip(self.rows, counts, strict=True)):
+            why = "it was not evicted when it was due"
+            if self.plan.interval is None:
+                why = "the policy evicts at the end of a turn only; bind it with a larger max_new_tokens"
             raise UsageError(
-                f"a row holds {self.longest} of {self.spec.capacity} slots and cannot take {max(counts)} more: "
-                f"it was not evicted when it was due, after every {self.plan.interval} decoded tokens"
+                f"a row holds {self.longest} of {self.spec.capacity} slots and cannot take {max(counts)} more: {why}"
             )
         if self.uniform and all(count == width for count in counts):
             self.keys[index, :, :, first : first + width].copy_(keys)

@@ -89,7 +89,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "interrupted", INTERRUPTED
     if isinstance(error, ClickException):
-        return f"error: {one_line(error.format_message())} (see --help)", 2
+        usage: Any = error
+        return f"error: {one_line(usage.format_message())} (see --help)", 2
     if isinstance(error, KVPolicyError):
         return f"error: {one_line(error)}", exit_code(error)
     if isinstance(error, MemoryError):

@@ -7,10 +7,12 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+from transformers import DynamicCache
 
-from kvpolicy.cli.running import Run
+from kvpolicy.cli.models import Loaded
+from kvpolicy.cli.running import Run, Sampling, held_bytes, run
 
-__all__ = ["Measured", "parting", "table"]
+__all__ = ["Measured", "parting", "run_full", "table"]
 
 SHOWN_BEFORE, SHOWN_AFTER = 12, 12  # tokens around the parting point
 
@@ -21,6 +23,12 @@ class Measured:
 
     run: Run
     nbytes: int
+
+
+def run_full(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling) -> Measured:
+    """Return the run with the cache that transformers itself would use."""
+    cache = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
+    return Measured(run(loaded, inputs, cache, sampling), held_bytes(cache))
 
 
 def parting(left: tuple[int, ...], right: tuple[int, ...]) -> int | None:
@@ -45,13 +53,17 @@ def table(tokenizer: Any, policy: Measured, full: Measured) -> Table:
     rows.add_row("KV memory, bytes", *(f"{one.nbytes:,}" for one in both))
     rows.add_row("of the full cache", *(_percent(one.nbytes, full.nbytes) for one in both))
     rows.add_row("tokens generated", *(f"{len(one.run.tokens):,}" for one in both))
-    rows.add_row("tokens per second (decode)", *(_rate(one.run) for one in both))
-    rows.add_row("seconds to the first token", *(f"{one.run.prefill:.2f}" for one in both))
+    rows.add_row("decode, tokens/s", *(_rate(one.run) for one in both))
+    rows.add_row("first token, s", *(f"{one.run.prefill:.2f}" for one in both))
+    whole = policy.run.whole
+    if whole < len(policy.run.tokens):
+        rows.add_row("first eviction", f"after token {whole:,}", "never")
     at = parting(policy.run.tokens, full.run.tokens)
     if at is None:
         rows.add_row("texts", "identical", "identical")
         return rows
-    rows.add_row("texts part at token", *(f"{at + 1:,}" for _ in both))
+    why = "by rounding alone" if at < whole else ""
+    rows.add_row("texts part", f"at token {at + 1:,}", why)
     rows.add_row("there", *(_excerpt(tokenizer, one.run.tokens, at) for one in both))
     return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -27,7 +27,8 @@ def rule(title: str) -> None:
 
 
 def note(text: str, style: str | None = None) -> None:
-    """Print a line to stderr as it is, however long."""
+    """Print to stderr as it is, however long, after what stdout has so far."""
+    sys.stdout.flush()
     stderr().print(text, style=style, markup=False, soft_wrap=True)
 
 
@@ -37,7 +38,7 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def working(text: str, *, quiet: bool = False) -> Iterator[None]:
+def working(text: str, *, quiet: bool = False) -> Generator[None]:
     """Show what is being done: a spinner on a terminal, a plain line elsewhere."""
     console = stderr()
     if quiet:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvpolicy.cli.errors import RunError
-from kvpolicy.cli.quiet import quiet
+from kvpolicy.cli.quiet import silent
 
 __all__ = ["convert"]
 
@@ -29,7 +29,7 @@ def convert(gguf: Path, folder: Path) -> None:
     Raises:
         RunError: the file has other tensors than a tied Llama.
     """
-    with quiet():
+    with silent():
         folder_of, file = str(gguf.parent), gguf.name
         tokenizer = AutoTokenizer.from_pretrained(folder_of, gguf_file=file)
         read = AutoModelForCausalLM.from_pretrained(folder_of, gguf_file=file, dtype=torch.bfloat16)

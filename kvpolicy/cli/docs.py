@@ -30,11 +30,11 @@ def summary(thing: object) -> str:
     """Return the first sentence of a docstring, without ``Return``.
 
     >>> summary(links)
-    'the papers and pages that a text names, each once.'
+    'The papers and pages that a text names, each once.'
     """
-    paragraph = " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
-    first = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph, maxsplit=1)[0]
-    return first.removeprefix("Return ")
+    paragraph = " ".join(_text(thing).partition("\n\n")[0].split())
+    first = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph, maxsplit=1)[0].removeprefix("Return ")
+    return first[:1].upper() + first[1:]
 
 
 def links(text: str) -> list[str]:
@@ -52,7 +52,7 @@ def prose(thing: object) -> str:
     """Return a docstring without the list of parameters, which the signature knows better."""
     kept: list[str] = []
     skipping = False
-    for line in (inspect.getdoc(thing) or "").splitlines():
+    for line in _text(thing).splitlines():
         if _SECTION.match(line):
             skipping = True
         elif line and not line.startswith(" "):
@@ -64,16 +64,35 @@ def prose(thing: object) -> str:
 
 def parameters(thing: Callable[..., Any]) -> list[Parameter]:
     """Return the parameters of a stage or a recipe."""
-    meanings = _meanings(inspect.getdoc(thing) or "")
+    meanings = _meanings(_text(thing))
     return [
         Parameter(
             name if one.kind is not one.VAR_POSITIONAL else f"*{name}",
-            "" if one.annotation is one.empty else inspect.formatannotation(one.annotation),
+            _type(one.annotation),
             "" if one.default is one.empty else repr(one.default),
             meanings.get(name, ""),
         )
-        for name, one in inspect.signature(thing).parameters.items()
+        for name, one in _signature(thing).parameters.items()
     ]
+
+
+def _text(thing: object) -> str:
+    """Return a docstring as a terminal shows it: without the marks around code."""
+    return (inspect.getdoc(thing) or "").replace("``", "")
+
+
+def _signature(thing: Callable[..., Any]) -> inspect.Signature:
+    """Return a signature whose types are resolved where that is possible."""
+    try:
+        return inspect.signature(thing, eval_str=True)
+    except NameError:  # a type that is imported for type checkers alone
+        return inspect.signature(thing)
+
+
+def _type(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return ""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def _meanings(docstring: str) -> dict[str, str]:

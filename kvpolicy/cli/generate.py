@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli import console
-from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.cli.errors import CommandError, RunError
 from kvpolicy.cli.prompt import encode, read_prompt
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ MODEL_HELP = (
 )
 DTYPE_HELP = (
     "float32, bfloat16, float16 or auto: bfloat16 where the device computes it "
-    "(on a CPU: AVX512-BF16 or AMX), else float32."
+    "(on a CPU: AVX512-BF16 or AMX), else float32. With --compare on a CPU, auto is float32, so "
+    "that eviction parts the texts, and not rounding."
 )
 
 
@@ -91,12 +92,15 @@ def generate(
     chosen = _policy(policy, interval, recent)
     _check_numbers(max_new_tokens, temperature, seed)
     try:
+        from kvpolicy.cli.devices import choose_device, choose_dtype
         from kvpolicy.cli.models import load
         from kvpolicy.cli.running import Sampling
     except ModuleNotFoundError as error:
         raise RunError(f"{error.name} is not installed: pip install 'kvpolicy[cli]'") from error
 
-    loaded = load(_model_folder() if model is None else model, dtype, device)
+    where = choose_device(device)
+    numbers = choose_dtype(dtype, where, exact=compare)
+    loaded = load(_model_folder() if model is None else model, numbers, where)
     inputs = encode(loaded.tokenizer, text, chat=chat, system=system)
     sampling = Sampling(max_new_tokens, temperature, seed)
     _warn_if_too_long(loaded, inputs, sampling)
@@ -157,39 +161,21 @@ def _run_policy(
     from kvpolicy.adapters.hf import EvictionCache
     from kvpolicy.cli.running import run
 
-    with EvictionCache(loaded.model, policy) as cache:
-        return _guarded(run, loaded, inputs, cache, sampling), cache.receipt()
+    most, seeds = sampling.max_new_tokens, [sampling.seed]
+    with EvictionCache(loaded.model, policy, max_new_tokens=most, seeds=seeds) as cache:
+        return run(loaded, inputs, cache, sampling), cache.receipt()
 
 
 def _compare(
     loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, run: Run, receipt: Receipt
 ) -> None:
-    from transformers import DynamicCache
-
-    from kvpolicy.cli import compare
-    from kvpolicy.cli.running import held_bytes
-    from kvpolicy.cli.running import run as run_once
+    from kvpolicy.cli.compare import Measured, run_full, table
 
     console.rule("full cache")
-    cache = DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
-    full = _guarded(run_once, loaded, inputs, cache, sampling)
-    under_policy = compare.Measured(run, receipt.nbytes + receipt.other_nbytes)
-    whole = compare.Measured(full, held_bytes(cache))
+    full = run_full(loaded, inputs, sampling)
+    ours = Measured(run, receipt.nbytes + receipt.other_nbytes)
     console.stdout().print()
-    console.stdout().print(compare.table(loaded.tokenizer, under_policy, whole))
-
-
-def _guarded(run: Any, *arguments: Any) -> Run:
-    """Run, and name what torch's own errors mean."""
-    import torch
-
-    try:
-        result: Run = run(*arguments)
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"the device has not enough memory for this run: {one_line(error, 200)}"
-        ) from error
-    return result
+    console.stdout().print(table(loaded.tokenizer, ours, full))
 
 
 def _warn_if_idle(receipt: Receipt, policy: Policy) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ __all__ = ["locked"]
 
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+def locked(path: Path, waiting: Callable[[], None]) -> Generator[bool]:
     """Hold the lock on a file; yield whether there is one.
 
     The operating system releases the lock with the process. Where it offers none (Windows, some

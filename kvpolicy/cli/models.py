@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import torch
 
 from kvpolicy.cli.console import warn, working
-from kvpolicy.cli.devices import choose_device, choose_dtype
 from kvpolicy.cli.errors import CommandError, RunError, one_line
 
 __all__ = ["Loaded", "load"]
@@ -27,30 +26,28 @@ class Loaded:
     tokenizer: Any
 
 
-def load(name: str, dtype: str, device: str) -> Loaded:
+def load(name: str, dtype: torch.dtype, device: torch.device) -> Loaded:
     """Load a causal language model and its tokenizer.
 
     Args:
         name: a folder, or a model's name on the hub.
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
-        device: as torch writes it, or ``"auto"``.
+        dtype: of the weights.
+        device: where they go.
 
     Raises:
         CommandError: there is no such model, or it is not one that generates text.
         RunError: the hub cannot be reached.
     """
-    where = choose_device(device)
-    number = choose_dtype(dtype, where)
     source, options = _source(name)
     label = Path(source).name if options["local_files_only"] else name
-    with working(f"loading {label} ({str(number).removeprefix('torch.')} on {where})"):
+    with working(f"loading {label} ({str(dtype).removeprefix('torch.')} on {device})"):
         try:
-            return _load(name, source, number, where, options)
+            return _load(name, source, dtype, device, options)
         except ImportError as error:
             raise RunError(f"loading {name} needs more packages: {one_line(error)}") from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise RunError(
-                f"{name} does not fit into the memory of {where}: {one_line(error)}"
+                f"{name} does not fit into the memory of {device}: {one_line(error)}"
             ) from error
         except CommandError:
             raise
@@ -61,9 +58,10 @@ def load(name: str, dtype: str, device: str) -> Loaded:
 def _load(
     name: str, source: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
 ) -> Loaded:
-    from kvpolicy.cli.quiet import quiet
+    from kvpolicy.cli.quiet import quiet, silent
 
-    with quiet(bars=not options["local_files_only"]):
+    # A download may take minutes: its progress bars stay.
+    with silent() if options["local_files_only"] else quiet():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         read: Any = AutoModelForCausalLM.from_pretrained  # what it returns depends on an option
@@ -82,11 +80,11 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
         CommandError: neither a folder nor a name.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
             raise CommandError(f"the folder {name} holds no model: there is no config.json in it")
         return str(path), {"local_files_only": True}
-    if path.exists():
+    if path.is_file():
         raise CommandError(
             f"{name} is a file; --model takes the folder that holds config.json, or a hub name"
         )

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from kvpolicy.cli.errors import RunError, one_line
 from kvpolicy.cli.models import Loaded
 from kvpolicy.cli.quiet import quiet
 
-__all__ = ["Run", "Sampling", "held_bytes", "run"]
+__all__ = ["Run", "Sampling", "evictions", "held_bytes", "run"]
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,19 @@ class Run:
         tokens: ids, the end token among them.
         prefill: seconds from the start to the first token.
         decode: seconds from the first token to the last one.
+        whole: tokens that were chosen while the cache still held everything.
     """
 
     tokens: tuple[int, ...]
     prefill: float
     decode: float
+    whole: int
 
     @property
     def rate(self) -> float | None:
         """Return decoded tokens per second; None where no token was decoded after the first."""
-        return (
-            (len(self.tokens) - 1) / self.decode if len(self.tokens) > 1 and self.decode else None
-        )
+        decoded = len(self.tokens) - 1
+        return decoded / self.decode if decoded > 0 and self.decode > 0 else None
 
     def timing(self) -> str:
         """Return one line: tokens, tokens per second, time to the first token."""
@@ -70,44 +72,63 @@ class Run:
 class Meter(TextStreamer):
     """Print the text while it is generated, and note when each token came."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+    def __init__(self, tokenizer: Any, evictions: Callable[[], int]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
+        self.evictions = evictions
         self.tokens: list[int] = []
         self.times: list[float] = []
+        self.whole = 0
+        self.evicted = False
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt first, then token after token."""
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
+            if not self.evicted:
+                self.whole += 1
+            self.evicted = self.evictions() > 0  # the next token sees less
             self.tokens.extend(value.flatten().tolist())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print a piece of text."""
-        self.write(text + "\n" if stream_end else text)
+        sys.stdout.write(text + "\n" if stream_end else text)
+        sys.stdout.flush()
 
 
 def run(loaded: Loaded, inputs: dict[str, Any], cache: Any, sampling: Sampling) -> Run:
     """Generate with a cache, print the text to stdout as it comes, and return what was measured.
 
     Modifies the cache, and torch's global random state.
+
+    Raises:
+        RunError: the device has not enough memory.
     """
-    meter = Meter(loaded.tokenizer, _write)
+    meter = Meter(loaded.tokenizer, lambda: evictions(cache))
     on_device = {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
     torch.manual_seed(sampling.seed)
-    with quiet(), torch.inference_mode():
-        start = time.perf_counter()
-        loaded.model.generate(
-            **on_device, past_key_values=cache, streamer=meter, **sampling.arguments()
-        )
+    start = time.perf_counter()
+    try:
+        with quiet(), torch.inference_mode():
+            loaded.model.generate(
+                **on_device, past_key_values=cache, streamer=meter, **sampling.arguments()
+            )
+    except torch.OutOfMemoryError as error:
+        why = one_line(error, 200)
+        raise RunError(
+            f"{loaded.model.device} has not enough memory for this run: {why}"
+        ) from error
     times = meter.times or [start]
-    return Run(tuple(meter.tokens), times[0] - start, times[-1] - times[0])
+    return Run(tuple(meter.tokens), times[0] - start, times[-1] - times[0], meter.whole)
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def evictions(cache: Any) -> int:
+    """Return how often a cache of one request has evicted; 0 for caches that never do.
+
+    Asked after every token, so that it reads less than a receipt.
+    """
+    stores = [group.store for group in getattr(cache, "groups", ())]
+    return max((store.rows[0].evictions for store in stores if store is not None), default=0)
 
 
 def held_bytes(cache: Any) -> int:

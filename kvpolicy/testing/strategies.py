@@ -1,0 +1,282 @@
+"""Hypothesis strategies for views, scores, budgets and policies.
+
+Structure is drawn, so that it shrinks; tensors are filled from a seeded generator, which is much
+faster than drawing elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from kvpolicy.allocators import Allocator, Uniform
+from kvpolicy.guards import Prompt, Sinks, ValueGuard
+from kvpolicy.policy import EvictionPolicy, ModelSpec, Policy
+from kvpolicy.scorers import (
+    AccumulatedAttention,
+    Attention,
+    Constant,
+    KeyDifference,
+    KeyNorm,
+    LastQuery,
+    Leverage,
+    Recency,
+    Redundancy,
+    ValueNorm,
+)
+from kvpolicy.scorers.tokens import Norm
+from kvpolicy.scores import Scores, Tier
+from kvpolicy.selectors import TopK
+from kvpolicy.stage import Scorer, Transform, maximum
+from kvpolicy.testing.views import Data, RowSpec, ViewSpec
+from kvpolicy.transforms import Normalize, Stochastic
+from kvpolicy.view import View
+
+__all__ = [
+    "DTYPES",
+    "FINITE",
+    "NOT_FINITE",
+    "budgets",
+    "policies",
+    "scorers",
+    "scores",
+    "transforms",
+    "view_specs",
+    "view_specs_for",
+    "views",
+]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FINITE: tuple[Data, ...] = ("normal", "ties", "wide", "equal", "zero")
+NOT_FINITE: tuple[Data, ...] = ("infinite", "nan", "huge")
+_NAMES = (0, 1, 7, 2**40 + 3)  #: requests and seeds
+
+
+@st.composite
+def view_specs(
+    draw: DrawFn,
+    *,
+    budget: int | None = None,
+    recent: int | None = None,
+    window: int | None = None,
+    layers: Sequence[int] = (0, 1, 2),
+    num_layers: int | None = None,
+    max_rows: int = 3,
+    max_length: int = 24,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    data: Sequence[Data] = FINITE,
+    due: bool | None = None,
+) -> ViewSpec:
+    """Draw the description of a view.
+
+    Args:
+        draw: hypothesis's own.
+        budget: of every row that is due; drawn where None.
+        recent: the last tokens, never candidates; drawn where None.
+        window: queries, 0 for none; drawn where None.
+        layers: which layers rows may be.
+        num_layers: of the model; None for no more than the rows need.
+        max_rows: rows at most.
+        max_length: slots in use of a row at most.
+        dtypes: of keys, values and queries.
+        data: what they hold.
+        due: whether rows are due; drawn for each where None.
+    """
+    b = draw(st.integers(1, 12)) if budget is None else budget
+    r = draw(st.integers(1, 4)) if recent is None else recent
+    w = draw(st.sampled_from((0, 1, 3, 6))) if window is None else window
+    edges = tuple(n for n in (0, 1, r, b, b + 1) if n <= max_length)
+    lengths = st.one_of(st.integers(min(b, max_length), max_length), st.sampled_from(edges))
+    count = draw(st.integers(1, max_rows))
+    rows = [draw(_rows(draw(lengths), b, r, w, layers, due)) for _ in range(count)]
+    pick = _Picker(draw)
+    heads, offset = 1 + pick(3), 2 * pick(2)
+    return ViewSpec(
+        rows=tuple(rows),
+        heads=heads,
+        group=1 + pick(3),
+        head_dim=(4, 2, 8)[pick(3)],
+        value_dim=(4, 2, 6)[pick(3)],
+        spare=pick(4),
+        recent=r,
+        window=w,
+        num_layers=num_layers,
+        num_heads=heads + offset + pick(2),
+        head_offset=offset,
+        dtype=dtypes[pick(len(dtypes))],
+        data=data[pick(len(data))],
+        softcap=(None, 5.0)[pick(2)],
+        sinks=bool(pick(2)),
+        shuffle=bool(pick(2)),
+        generator=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@st.composite
+def _rows(
+    draw: DrawFn,
+    length: int,
+    budget: int,
+    recent: int,
+    window: int,
+    layers: Sequence[int],
+    due: bool | None,
+) -> RowSpec:
+    evicted = draw(st.integers(0, 30)) if length > recent else 0
+    fresh = draw(st.integers(0, length - recent if evicted else length))
+    seen = length + evicted
+    pick = _Picker(draw)
+    is_due = pick(4) != 3 if due is None else due
+    return RowSpec(
+        length=length,
+        evicted=evicted,
+        fresh=fresh,
+        budget=budget if is_due else None,
+        asked=(None, 0, 1, window // 2)[pick(4)],
+        layer=layers[pick(len(layers))],
+        evictions=1 + pick(4) if evicted else 0,
+        request=_NAMES[pick(4)],
+        seed=_NAMES[pick(4)],
+        prompt=pick(seen + 1),
+    )
+
+
+class _Picker:
+    """Make small choices, several from one number: drawing each of them is most of the time."""
+
+    def __init__(self, draw: DrawFn) -> None:
+        self.draw, self.left, self.room = draw, 0, 1
+
+    def __call__(self, count: int) -> int:
+        """Return one of ``count`` choices, the first one where the number has shrunk to 0."""
+        if self.room < count:
+            self.left, self.room = self.draw(st.integers(0, 2**24 - 1)), 2**24
+        self.left, chosen = divmod(self.left, count)
+        self.room //= count
+        return chosen
+
+
+def views(**options: object) -> SearchStrategy[View]:
+    """Draw a view; the options are those of :func:`view_specs`."""
+    specs: Callable[..., SearchStrategy[ViewSpec]] = view_specs
+    return specs(**options).map(lambda spec: spec.view())
+
+
+def view_specs_for(policy: EvictionPolicy, **options: object) -> SearchStrategy[ViewSpec]:
+    """Draw the description of a view as an engine would show it to ``policy``.
+
+    Budget, recent tokens and window are those of the policy's plan. The options are those of
+    :func:`view_specs`.
+    """
+    model = ModelSpec(num_layers=3, max_new_tokens=8)
+    plans = policy.plan(model).layers
+    specs: Callable[..., SearchStrategy[ViewSpec]] = view_specs
+    kinds = [
+        specs(
+            **{
+                "budget": plan.budget,
+                "recent": plan.recent,
+                "window": plan.window,
+                "layers": [index for index, other in enumerate(plans) if other == plan],
+                "num_layers": model.num_layers,
+                "max_length": plan.budget + (plan.interval or 8) + 6,
+                **options,
+            }
+        )
+        for plan in dict.fromkeys(plans)
+        if plan is not None
+    ]
+    return st.one_of(kinds)
+
+
+@st.composite
+def scores(draw: DrawFn, view: View) -> Scores:
+    """Draw scores of a view: with ties, infinities, negative zeros or nan, and some guards."""
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(("normal", "ties", "equal", "infinite", "nan")))
+    weights = draw(st.booleans())
+    values = torch.randn(view.shape, generator=random)
+    if kind == "ties":
+        values = values.round() * -0.5
+    elif kind == "equal":
+        values = torch.zeros_like(values)
+    elif kind in ("infinite", "nan"):
+        odd = torch.rand(view.shape, generator=random) < 0.2
+        values = torch.where(odd, values.sign() * torch.inf if kind == "infinite" else torch.nan, values)
+    made = Scores.of(view, values.abs() if weights else values, weights=weights)
+    share = draw(st.sampled_from((0.0, 0.3, 1.0)))
+    for tier in draw(st.lists(st.sampled_from((Tier.VALUE, Tier.PROMPT, Tier.SINK)), max_size=2)):
+        made = made.guard(torch.rand(view.shape, generator=random) < share, tier)
+    return made
+
+
+def budgets(low: int = 1, high: int = 16) -> SearchStrategy[int | Allocator]:
+    """Draw what ``TopK`` takes: slots, or an allocator that shares them out."""
+    return st.one_of(st.integers(low, high), st.builds(Uniform, st.integers(low, high)))
+
+
+def scorers() -> SearchStrategy[Scorer]:
+    """Draw a scorer: one of those that kvpolicy has, or a mixture of them."""
+    windows, seeds = st.integers(1, 6), st.integers(0, 3)
+    attention = st.builds(
+        Attention,
+        window=windows,
+        pool=st.sampled_from((1, 3, 5)),
+        reduce=st.sampled_from(("mean", "max")),
+        over=st.sampled_from(("candidates", "all")),
+        temperature=st.sampled_from((1.0, 0.5)),
+    )
+    leverage = st.builds(
+        Leverage, rank=st.sampled_from((None, 2)), resample=st.booleans(), seed=seeds
+    )
+    alone: list[SearchStrategy[Scorer]] = [
+        st.sampled_from((Recency(), Constant(), KeyNorm(), KeyDifference(), Redundancy(), LastQuery())),
+        st.builds(ValueNorm, st.sampled_from(get_args(Norm))),
+        attention,
+        st.builds(AccumulatedAttention, window=windows),
+        leverage,
+    ]
+    return st.recursive(st.one_of(alone), _mixtures, max_leaves=3)
+
+
+def _mixtures(inner: SearchStrategy[Scorer]) -> SearchStrategy[Scorer]:
+    factors = st.sampled_from((0.5, 2, -1.0, 0))
+    kinds = st.sampled_from((Normalize("sum"), Normalize("max"), Normalize("z"), Sinks(1)))
+    return st.one_of(
+        st.builds(lambda left, right: left + right, inner, inner),
+        st.builds(maximum, inner, inner),
+        st.builds(lambda factor, scorer: factor * scorer, factors, inner),
+        st.builds(lambda scorer, transform: scorer >> transform, inner, kinds),
+    )
+
+
+def transforms() -> SearchStrategy[Transform]:
+    """Draw a guard, a sampler or a normalisation; guards protect at most 2 slots, or half."""
+    shares = st.sampled_from((0.25, 0.5))
+    alone: list[SearchStrategy[Transform]] = [
+        st.builds(Sinks, st.integers(0, 2)),
+        st.builds(Prompt, shares),
+        st.builds(ValueGuard, shares, st.sampled_from(get_args(Norm)), st.integers(0, 3)),
+        st.builds(Normalize, st.sampled_from(("sum", "max", "z"))),
+        st.builds(
+            Stochastic, st.sampled_from((1.0, 0.0, 0.3)), st.integers(0, 3), redraw=st.booleans()
+        ),
+    ]
+    return st.one_of(alone)
+
+
+@st.composite
+def policies(draw: DrawFn) -> Policy:
+    """Draw a policy from the whole algebra, small enough for views of some twenty slots."""
+    recent = draw(st.integers(1, 3))
+    chosen = draw(budgets(2 * recent + 4, 12))  # half of it, or 2, beside the recent tokens
+    scorer: Scorer = draw(scorers())
+    for transform in draw(st.lists(transforms(), max_size=3)):
+        scorer = scorer >> transform
+    return Policy(
+        scorer >> TopK(chosen), interval=draw(st.sampled_from((4, 1, 6, None))), recent=recent
+    )
