@@ -17,7 +17,15 @@ def integer(owner: object, name: str, value: object, low: int, high: int | None 
         raise ParameterError(f"{_name(owner)}({name}={value}): {name} must be at least {low}{most}")
 
 
-def number(owner: object, name: str, value: object, low: float, high: float | None = None, *, above: bool = False) -> None:
+def number(
+    owner: object,
+    name: str,
+    value: object,
+    low: float,
+    high: float | None = None,
+    *,
+    above: bool = False,
+) -> None:
     """Refuse what is not a finite number from ``low`` (exclusive if ``above``) to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ParameterError(f"{_name(owner)}({name}={value!r}): {name} is a number, found {_kind(value)}")

@@ -165,7 +165,10 @@ def _slots_of_turn(store: Store, index: int, size: int, counts: Sequence[int]) -
     new = torch.where(column >= pad, seen + column - pad, -1).expand(-1, heads, -1)
     positions = torch.cat([store.positions[index, :, :, :old], new.to(torch.int32)], -1)
     # In position order: the old slots, the new ones, then whatever is free, each slot once.
-    held = torch.cat([store.order[index, :, :, :old].to(torch.int64), new.new_zeros(len(counts), heads, width)], -1)
+    held = torch.cat(
+        [store.order[index, :, :, :old].to(torch.int64), new.new_zeros(len(counts), heads, width)],
+        -1,
+    )
     free = slot - length - count
     free = torch.where(free < old - length, length + free, free + length)
     order = torch.where(slot < length, held, torch.where(slot < length + count, old + pad + slot - length, free))
@@ -218,11 +221,6 @@ def _of_model(store: Store, logits: LogitSpec) -> dict[str, Any]:
 
 def _rows_of(view: View, at: slice) -> View:
     """Return some rows of a view."""
-    return dataclasses.replace(
-        view,
-        **{
-            field.name: value[at]
-            for field in dataclasses.fields(view)
-            if isinstance(value := getattr(view, field.name), Tensor)
-        },
-    )
+    fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+    some: dict[str, Any] = {name: value[at] for name, value in fields.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(view, **some)

@@ -51,7 +51,10 @@ class _Reader:
         match node:
             case ast.Constant(value=int() | float() | str() | bool() | None as value):
                 return value
-            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=ast.Constant(value=int() | float() as value)):
+            case ast.UnaryOp(
+                op=ast.USub() | ast.UAdd() as sign,
+                operand=ast.Constant(value=int() | float() as value),
+            ):
                 return -value if isinstance(sign, ast.USub) else value
             case ast.Tuple(elts=items) | ast.List(elts=items):
                 return tuple(self.read(item) for item in items)
@@ -71,7 +74,9 @@ class _Reader:
                 self.refuse(node, "a policy text holds stages, numbers, strings, >>, + and * alone")
 
     def combine(self, node: ast.expr, left: Any, sign: str, right: Any) -> Any:
-        if not isinstance(left, Scorer) and not (sign == "*" and isinstance(right, Scorer)):
+        if sign == "*" and isinstance(right, Scorer):
+            return right * left
+        if not isinstance(left, Scorer):
             self.refuse(node, f"{sign} mixes scorers, and {left!r} is none")
         return left + right if sign == "+" else left * right
 
@@ -80,7 +85,10 @@ class _Reader:
         if target is None:
             self.unknown(ast.Name(id=name, ctx=ast.Load()), name)
         for star in [arg for arg in args if isinstance(arg, ast.Starred)] + [k for k in keywords if k.arg is None]:
-            self.refuse(star if isinstance(star, ast.expr) else star.value, "write every argument out; * is not read")
+            self.refuse(
+                star if isinstance(star, ast.expr) else star.value,
+                "write every argument out; * is not read",
+            )
         function = target()
         positional = [self.read(arg) for arg in args]
         named = {keyword.arg: self.read(keyword.value) for keyword in keywords if keyword.arg is not None}
@@ -88,7 +96,9 @@ class _Reader:
         for word in named:
             if word not in signature.parameters:
                 known = ", ".join(signature.parameters) or "none"
-                raise ParseError(f"{name} has no parameter {word!r}{nearest(word, signature.parameters)}: it has {known}")
+                raise ParseError(
+                    f"{name} has no parameter {word!r}{nearest(word, signature.parameters)}: it has {known}"
+                )
         try:
             signature.bind(*positional, **named)
         except TypeError as error:
@@ -114,7 +124,10 @@ class _Reader:
 
 def _callables() -> dict[str, Callable[[], Callable[..., Any]]]:
     """Return what may be called in a text, each behind a function that loads it."""
-    known: dict[str, Callable[[], Callable[..., Any]]] = {"Policy": lambda: Policy, "maximum": lambda: maximum}
+    known: dict[str, Callable[[], Callable[..., Any]]] = {
+        "Policy": lambda: Policy,
+        "maximum": lambda: maximum,
+    }
     known.update({name: entry.load for name, entry in registry.policies().items()})
     known.update({name: entry.load for name, entry in registry.stages().items()})
     return known

@@ -129,7 +129,9 @@ class Policy:
             chain = Chain(None, None, chain)
         if not isinstance(chain, Chain):
             ends = isinstance(chain, Scorer | Transform)
-            why = f"no selector ends it; write {chain!r} >> TopK(budget)" if ends else "a policy takes a chain of stages"
+            why = (
+                f"no selector ends it; write {chain!r} >> TopK(budget)" if ends else "a policy takes a chain of stages"
+            )
             raise CompositionError(f"Policy({describe(chain)}): {why}")
         if chain.scorer is None:
             chain = dataclasses.replace(chain, scorer=Attention())

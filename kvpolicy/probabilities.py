@@ -17,8 +17,8 @@ _CPU_BLOCK = 4 * 2**20  #: bytes of logits that a core's caches like; measured, 
 
 
 def blocks(view: View, bytes_per_head: int) -> Iterator[slice]:
-    """Yield slices of the ``B * H`` (row, head) pairs whose temporaries fit into the workspace."""
-    limit = view.workspace // 2
+    """Yield slices of the ``B * H`` (row, head) pairs, two temporaries of which fit into half the workspace."""
+    limit = view.workspace // 4
     if view.keys.device.type == "cpu":
         limit = min(limit, _CPU_BLOCK)
     b, h, _ = view.shape
@@ -60,49 +60,55 @@ def received(
     window, dim = queries.shape[2], queries.shape[3]
     group = queries.shape[1] // h
     dtype = view.compute_dtype
-    keys = view.keys.flatten(0, 1)
-    asked = queries.reshape(b * h, group * window, dim)
-    inside = chosen.flatten(0, 1)[..., None]
+    keys, positions = view.keys.flatten(0, 1), view.positions.flatten(0, 1)[:, None]
+    asked = queries.reshape(b * h, group, window, dim)
+    asked_at = query_positions.repeat_interleave(h, 0)[..., None]
     bias = torch.where(chosen, 0.0, _MASKED).to(dtype).flatten(0, 1)[:, None]
-    weights = weight[:, None, None].expand(b, h, group, window).reshape(b * h, 1, group * window)
-    sinks = None if view.sink_logits is None else view.sink_logits.reshape(b * h, group, 1, 1).to(dtype)
-    if causal:
-        future = (view.positions[:, :, None] > query_positions[:, None, :, None]).flatten(0, 1)
-    out = torch.empty(b * h, s, dtype=dtype, device=keys.device)
-    for at in blocks(view, group * window * s * torch.finfo(dtype).bits // 8):
-        # Whatever stands in the other slots is not read: nan plus a bias would still be nan.
-        block = keys[at].to(dtype).masked_fill(~inside[at], 0)
-        logits = _logits(view, asked[at], block, bias[at], temperature, dtype)
-        if causal:
-            by_query = logits.view(-1, group, window, s)
-            by_query.masked_fill_(future[at][:, None], _MASKED)
-        probabilities = _softmax(logits, None if sinks is None else _per_query(sinks[at], window, temperature))
-        if causal:  # a query older than every slot pays nothing
-            probabilities.view(-1, group, window, s).masked_fill_(future[at][:, None], 0)
-        if reduce == "max":
-            out[at] = (probabilities * weights[at].transpose(1, 2)).amax(1)
-        else:
-            out[at] = torch.bmm(weights[at] / group, probabilities)[:, 0]
+    weights = weight.to(dtype).repeat_interleave(h, 0)[:, None]
+    sinks = None if view.sink_logits is None else view.sink_logits.reshape(b * h, group, 1, 1).to(dtype) / temperature
+    out = torch.zeros(b * h, 1, s, dtype=dtype, device=keys.device)
+    bytes_per_query = group * s * torch.finfo(dtype).bits // 8
+    several = max(1, min(window, view.workspace // 4 // bytes_per_query))
+    scratch = out.new_empty(0, 0)
+    for at in blocks(view, several * bytes_per_query):
+        held, received_here = keys[at].to(dtype).transpose(1, 2), out[at]
+        for some in (slice(first, first + several) for first in range(0, window, several)):
+            now = asked[at, :, some].flatten(1, 2).to(dtype)
+            n, lines = now.shape[:2]
+            if not scratch.numel():  # the first block is the largest; pages are touched once, not in every block
+                scratch = out.new_empty(2, n * lines * s)
+            logits, probabilities = (memory[: n * lines * s].view(n, lines, s) for memory in scratch)
+            by_query = (n, group, lines // group, s)
+            _logits(view, now, held, bias[at], temperature, logits)
+            if causal:
+                future = (positions[at] > asked_at[at, some])[:, None]
+                logits.view(by_query).masked_fill_(future, _MASKED)
+            further = None if sinks is None else sinks[at].expand(-1, -1, lines // group, -1).flatten(1, 2)
+            _softmax(logits, further, probabilities)
+            if causal:  # a query older than every slot pays nothing
+                probabilities.view(by_query).masked_fill_(future, 0)
+            weighs = weights[at, :, some].repeat(1, 1, group)
+            if reduce == "max":
+                received_here.copy_(received_here.maximum(probabilities.mul_(weighs.mT).amax(1, keepdim=True)))
+            else:
+                received_here.baddbmm_(weighs / group, probabilities)
     return torch.where(chosen, out.view(b, h, s), 0)
 
 
-def _logits(view: View, asked: Tensor, keys: Tensor, bias: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    asked, keys = asked.to(dtype), keys.transpose(1, 2)
-    bias = bias.expand(-1, asked.shape[1], -1)
+def _logits(view: View, asked: Tensor, keys: Tensor, bias: Tensor, temperature: float, out: Tensor) -> None:
+    """Write the logits of ``[N, Q, D]`` queries and ``[N, D, S]`` keys into ``out``."""
     if view.softcap is None:
-        return torch.baddbmm(bias, asked, keys, alpha=view.scaling / temperature)
-    capped = view.softcap * torch.tanh(torch.bmm(asked, keys) * (view.scaling / view.softcap))
-    return capped / temperature + bias
+        torch.baddbmm(bias.expand_as(out), asked, keys, alpha=view.scaling / temperature, out=out)
+        return
+    torch.bmm(asked, keys, out=out)
+    out.mul_(view.scaling / view.softcap).tanh_().mul_(view.softcap / temperature).add_(bias)
 
 
-def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    """Return the softmax over the last axis, with a further logit in each denominator if there is one."""
+def _softmax(logits: Tensor, sinks: Tensor | None, out: Tensor) -> None:
+    """Write the softmax over the last axis, with a further logit in each denominator if there is one."""
     if sinks is None:
-        return torch.softmax(logits, -1)
+        torch.softmax(logits, -1, out=out)
+        return
     highest = torch.maximum(logits.amax(-1, keepdim=True), sinks)
-    mass = torch.exp(logits - highest)
-    return mass / (mass.sum(-1, keepdim=True) + torch.exp(sinks - highest))
-
-
-def _per_query(sinks: Tensor, window: int, temperature: float) -> Tensor:
-    return (sinks / temperature).expand(-1, -1, window, 1).flatten(1, 2)
+    torch.sub(logits, highest, out=out).exp_()
+    out.div_(out.sum(-1, keepdim=True) + torch.exp(sinks - highest))

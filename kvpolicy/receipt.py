@@ -61,7 +61,9 @@ class Receipt:
         """Return a table."""
         lines = [f"kvpolicy {self.version}"]
         lines += [f"policy      {text}" for text in dict.fromkeys(self.policy)]
-        lines.append(f"layers      {len(self.layers)} evict" + (f", {len(self.skipped)} left alone" if self.skipped else ""))
+        lines.append(
+            f"layers      {len(self.layers)} evict" + (f", {len(self.skipped)} left alone" if self.skipped else "")
+        )
         lines.append(f"memory      {size(self.nbytes)} allocated, {self.capacity} slots per KV head, never grown")
         if self.other_nbytes:
             lines.append(f"            {size(self.other_nbytes)} in the layers left alone")
@@ -70,7 +72,9 @@ class Receipt:
             lines.append(f"{r:>7}  {row[0]:>11,}  {row[1]:>12,}  {row[2]:>9,}")
         for r, broken in enumerate(self.broken):
             if broken:
-                lines.append(f"request {r}: {broken:,} guarded tokens had to go, since guards protected more than the budget")
+                lines.append(
+                    f"request {r}: {broken:,} guarded tokens had to go, since guards protected more than the budget"
+                )
         return "\n".join(lines)
 
 
@@ -80,9 +84,5 @@ def size(nbytes: int) -> str:
     >>> size(8_536_560)
     '8.54 MB'
     """
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value /= 1000
-    return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+    power = min(4, (len(str(nbytes)) - 1) // 3)
+    return f"{nbytes} B" if not power else f"{nbytes / 1000**power:.2f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

@@ -46,7 +46,12 @@ class Registered:
         """Return ``"scorer"``, ``"transform"``, ``"selector"``, ``"allocator"`` or ``"policy"``."""
         loaded = self.load()
         if isinstance(loaded, type):
-            roles = {Scorer: "scorer", Transform: "transform", Selector: "selector", Allocator: "allocator"}
+            roles = {
+                Scorer: "scorer",
+                Transform: "transform",
+                Selector: "selector",
+                Allocator: "allocator",
+            }
             for base, role in roles.items():
                 if issubclass(loaded, base):
                     return role
@@ -59,7 +64,7 @@ class Registered:
             PolicyError: the package that declares it cannot be imported.
         """
         try:
-            return self.entry_point.load()  # type: ignore[no-any-return]
+            return self.entry_point.load()
         except (ImportError, AttributeError) as error:
             raise PolicyError(
                 f"{self.name} is declared by the package {self.distribution!r} as {self.entry_point.value!r}, "

@@ -28,6 +28,7 @@ from kvpolicy.view import LayerSpec, StageState, State, View
 
 __all__ = ["Chain", "Scorer", "Selector", "Stage", "TokenNumber", "Transform", "maximum"]
 
+
 class Stage:
     """Be a node of the algebra: a leaf, or leaves composed.
 
@@ -256,7 +257,8 @@ class Piped(Scorer):
 
     def __init__(self, scorer: Scorer, transform: Transform) -> None:
         if isinstance(scorer, Piped):  # (a >> b) >> c is a >> (b >> c)
-            scorer, transform = scorer.scorer, scorer.transform >> transform
+            inner = scorer
+            scorer, transform = inner.scorer, inner.transform >> transform
         object.__setattr__(self, "scorer", scorer)
         object.__setattr__(self, "transform", transform)
 
@@ -374,7 +376,11 @@ class Chain:
                 raise CompositionError(f"{name} is not a dataclass; write @dataclass(frozen=True) above class {name}")
         if isinstance(self.scorer, Piped):  # one form for one meaning: a >> b belongs to the chain
             transform = self.scorer.transform
-            object.__setattr__(self, "transform", transform if self.transform is None else transform >> self.transform)
+            object.__setattr__(
+                self,
+                "transform",
+                transform if self.transform is None else transform >> self.transform,
+            )
             object.__setattr__(self, "scorer", self.scorer.scorer)
 
     def __rshift__(self, other: NoReturn) -> NoReturn:

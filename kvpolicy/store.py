@@ -87,7 +87,12 @@ class Store:
     """
 
     def __init__(
-        self, policy: EvictionPolicy, plan: LayerPlan, spec: LayerSpec, layers: Sequence[int], rows: Sequence[Row]
+        self,
+        policy: EvictionPolicy,
+        plan: LayerPlan,
+        spec: LayerSpec,
+        layers: Sequence[int],
+        rows: Sequence[Row],
     ) -> None:
         if spec.capacity != plan.capacity:
             raise UsageError(f"a layer of {spec.capacity} slots cannot follow a plan of {plan.capacity}")
@@ -123,7 +128,15 @@ class Store:
     def tensors(self) -> list[Tensor]:
         """Return every tensor of slots, window and policy state."""
         held = [t for stage in self.state if stage is not None for t in (*stage.slots, *stage.rows)]
-        return [self.keys, self.values, self.positions, self.order, self.window.queries, self.window.positions, *held]
+        return [
+            self.keys,
+            self.values,
+            self.positions,
+            self.order,
+            self.window.queries,
+            self.window.positions,
+            *held,
+        ]
 
     def nbytes(self) -> int:
         """Return the bytes allocated for slots, window and policy state.
@@ -176,11 +189,22 @@ class Store:
         """Return indices of the first free slot of every row and head; made once a step."""
         if self._ends is None:
             device = self.spec.device
-            rows, heads = torch.arange(len(self.rows), device=device), torch.arange(self.spec.num_heads, device=device)
+            rows, heads = (
+                torch.arange(len(self.rows), device=device),
+                torch.arange(self.spec.num_heads, device=device),
+            )
             self._ends = (rows[:, None], heads[None], self.column("length")[:, None])
         return self._ends
 
-    def fill(self, index: int, survivors: Tensor, keys: Tensor, values: Tensor, positions: Tensor, state: State) -> None:
+    def fill(
+        self,
+        index: int,
+        survivors: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        state: State,
+    ) -> None:
         """Replace the slots of one layer by survivors of a larger, temporary layer.
 
         Modifies every tensor of one layer but the window; :meth:`advance` makes it count.

@@ -34,7 +34,7 @@ class Stochastic(Transform):
     Kool et al., Stochastic Beams and Where to Find Them (arXiv 1903.06059, section 2).
 
     >>> from kvpolicy import Policy, TopK, ValueGuard
-    >>> Policy(ValueGuard() >> Stochastic(1.0) >> TopK(1024))   # VaSE-AttnV
+    >>> Policy(ValueGuard() >> Stochastic(1.0) >> TopK(1024))  # VaSE-AttnV
     Policy(ValueGuard() >> Stochastic() >> TopK(1024))
     """
 
@@ -53,9 +53,7 @@ class Stochastic(Transform):
             return scores
         values = scores.values.to(torch.float64)
         logits = torch.log(values.clamp(min=0)) if scores.weights else values
-        noise = random.gumbel(
-            random.stream(view, self.seed, redraw=self.redraw), view.positions.clamp(min=0)
-        )
+        noise = random.gumbel(random.stream(view, self.seed, redraw=self.redraw), view.positions.clamp(min=0))
         return scores.replace(logits / self.tau + noise, weights=False)
 
 

@@ -20,7 +20,14 @@ class QueryWindow:
     """
 
     def __init__(
-        self, layers: int, requests: int, heads: int, size: int, dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        requests: int,
+        heads: int,
+        size: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.size = size
         self.queries = torch.zeros(layers, requests, heads, size, dim, dtype=dtype, device=device)

@@ -47,7 +47,12 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gemma3": (
         Gemma3ForCausalLM,
         Gemma3TextConfig,
-        {"sliding_window": 16, "num_hidden_layers": 4, "layer_types": _LAYERS, "query_pre_attn_scalar": 8},
+        {
+            "sliding_window": 16,
+            "num_hidden_layers": 4,
+            "layer_types": _LAYERS,
+            "query_pre_attn_scalar": 8,
+        },
     ),
     "gpt_oss": (
         GptOssForCausalLM,

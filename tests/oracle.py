@@ -50,7 +50,7 @@ class Oracle:
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits of the last token of each row, ``[R, vocabulary]``."""
-        rows, width = tokens.shape
+        width = tokens.shape[1]
         new = torch.ones_like(tokens) if attention_mask is None else attention_mask[:, -width:]
         self.valid = new.bool() if self.pads is None else torch.cat([self.pads, new.bool()], 1)
         self.pads = self.valid
@@ -98,8 +98,11 @@ class Oracle:
         visible = held.alive[:, :, None] & causal
         group = query.shape[1] // heads
         out = attention(
-            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1),
-            visible.repeat_interleave(group, 1), **kwargs,
+            query,
+            key.repeat_interleave(group, 1),
+            value.repeat_interleave(group, 1),
+            visible.repeat_interleave(group, 1),
+            **kwargs,
         )
         self.evict(layer, held, key, value, kwargs)
         return out.transpose(1, 2).contiguous()
@@ -122,7 +125,14 @@ class Oracle:
         self.history.append({index: held.alive.clone()})
 
     def view(
-        self, index: int, held: Layer, keys: Tensor, values: Tensor, plan: LayerPlan, due: Tensor, kwargs: Any
+        self,
+        index: int,
+        held: Layer,
+        keys: Tensor,
+        values: Tensor,
+        plan: LayerPlan,
+        due: Tensor,
+        kwargs: Any,
     ) -> View:
         rows, heads, size, _ = keys.shape
         positions = torch.where(held.alive, held.positions[:, None].expand(-1, heads, -1), -1)
@@ -161,7 +171,7 @@ class Oracle:
         empty = self.policy.init(spec, rows)
         if held.state is None:
             return empty
-        joined = []
+        joined: list[StageState | None] = []
         for old, new in zip(held.state, empty, strict=True):
             if old is None or new is None:
                 joined.append(None)

@@ -43,9 +43,9 @@ def register(original: str) -> str:
 
 def _function(original: str, module: nn.Module) -> AttentionFunction:
     if original in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
+        return ALL_ATTENTION_FUNCTIONS[original]
     # Eager attention is not registered: each modelling file has its own.
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def one_token(
@@ -115,9 +115,8 @@ def several_tokens(
     else:
         new = mask if mask.dtype == torch.bool else mask >= 0
     seen = torch.cat([visible.expand(-1, -1, width, -1), new], -1)
-    if original != "sdpa":
-        seen = additive(seen, query.dtype)
-    return function(module, query, key, value, seen, **kwargs)
+    whole = seen if original == "sdpa" else additive(seen, query.dtype)
+    return function(module, query, key, value, whole, **kwargs)
 
 
 def additive(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:

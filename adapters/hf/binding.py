@@ -52,7 +52,7 @@ def survey(model: nn.Module) -> Survey:
     evicting = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     skipped = {i: type(layer).__name__ for i, layer in enumerate(layers) if i not in evicting}
     for i, kind in skipped.items():
-        if "Sliding" not in kind and "Linear" not in kind or "And" in kind:
+        if ("Sliding" not in kind and "Linear" not in kind) or "And" in kind:
             raise UnsupportedError(f"layer {i} of {name} is a {kind}, which is not supported yet")
     if not evicting:
         kinds = ", ".join(sorted(set(skipped.values()))) or "nothing that transformers' DynamicCache knows"

@@ -17,7 +17,7 @@ from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.step import Group, Step, open_step
 from kvpolicy.errors import BindError, UnsupportedError, UsageError
-from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.receipt import Receipt
 from kvpolicy.stage import Chain, Stage
 from kvpolicy.view import DEFAULT_WORKSPACE
@@ -75,14 +75,19 @@ class EvictionCache(Cache):
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
         plans = policy.plan(ModelSpec(len(found.evicting), max_new_tokens))
         by_layer = _by_layer(plans, found.evicting)
-        self.skipped = {**found.skipped, **{i: "left alone by its budget" for i, p in by_layer.items() if p is None}}
+        self.skipped = {
+            **found.skipped,
+            **{i: "left alone by its budget" for i, p in by_layer.items() if p is None},
+        }
         self.groups = [
             Group(tuple(same), plan) for group in found.groups for plan, same in _by_plan(group, by_layer).items()
         ]
         self._group_of = {layer: group for group in self.groups for layer in group.layers}
         if not self._group_of:
-            raise UnsupportedError(f"{policy!r} leaves every layer of {type(model).__name__} alone: nothing would evict")
-        layers = [EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)]
+            raise UnsupportedError(
+                f"{policy!r} leaves every layer of {type(model).__name__} alone: nothing would evict"
+            )
+        layers: list[Any] = [EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)]
         super().__init__(layers=layers)
         self.columns = 0
         self._step: Step | None = None
@@ -102,7 +107,10 @@ class EvictionCache(Cache):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Let the model go."""
         self.unbind()
@@ -132,7 +140,7 @@ class EvictionCache(Cache):
         if decoder is not self._decoder_binding.decoder:
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
         if self._failed:
-            raise UsageError("a forward pass failed half-way through a turn; reset() the cache and begin again")
+            raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
         self._step = open_step(self, arguments)
         self._failed = not self._step.decoding
 
@@ -174,6 +182,7 @@ class EvictionCache(Cache):
     def finish(self) -> None:
         """Make the step count, and evict where it is due; the model's hook calls it."""
         assert self._step is not None
+        self._failed = True
         self._step.commit(self.policy)
         self.columns += self._step.width
         self._step, self._failed = None, False
@@ -188,7 +197,7 @@ class EvictionCache(Cache):
                 group.store.reset()
         self.columns, self._step, self._failed = 0, None, False
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by the one that ``beam_idx`` names."""
         super().reorder_cache(beam_idx)
         for group in self.groups:
@@ -217,11 +226,11 @@ class EvictionCache(Cache):
         if not stores:
             raise UsageError("no token has been seen yet: there is nothing to prove")
         rows = stores[0].rows
-        text = self.policy.text(full=True) if hasattr(self.policy, "text") else repr(self.policy)
+        text = self.policy.text(full=True) if isinstance(self.policy, Policy) else repr(self.policy)
         broken = sum(store.broken.view(-1, len(rows)).sum(0) for store in stores)
         assert isinstance(broken, Tensor)
         return Receipt(
-            policy=(str(text),) * len(rows),
+            policy=(text,) * len(rows),
             version=__version__,
             seen=tuple(row.seen for row in rows),
             slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),
@@ -266,7 +275,9 @@ def _checked(policy: EvictionPolicy) -> EvictionPolicy:
     if isinstance(policy, str):
         raise BindError(f"{policy!r} is a text; write Policy.parse({policy!r})")
     if isinstance(policy, type) or not isinstance(policy, EvictionPolicy):
-        raise BindError(f"{policy!r} is not an EvictionPolicy: it needs needs, plan(model), init(spec, rows), select(view, state)")
+        raise BindError(
+            f"{policy!r} is not an EvictionPolicy: it needs needs, plan(model), init(spec, rows), select(view, state)"
+        )
     missing = policy.needs - _OFFERS
     if missing:
         raise UnsupportedError(

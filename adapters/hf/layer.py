@@ -51,7 +51,7 @@ class EvictionLayer(CacheLayerMixin):
         """Return -1, under the name of older versions of transformers."""
         return -1
 
-    def lazy_initialization(self, *args: Any) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: slots are allocated when the first tokens come."""
 
     def reset(self) -> None:

@@ -117,7 +117,13 @@ class Step:
         return self._visible[id(group)]
 
     def attended(
-        self, group: Group, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: dict[str, Any]
+        self,
+        group: Group,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        logits: dict[str, Any],
     ) -> None:
         """Remember the queries of one layer, and put a turn's tokens into its slots."""
         store, index = group.store, group.layers.index(layer)
@@ -222,8 +228,7 @@ def _counts(mask: Any, columns: int, width: int, seen: list[int]) -> list[int]:
     for r in range(len(seen)):
         if falls[r] or not last[r]:
             raise UsageError(
-                f"row {r} of attention_mask has a pad behind a token; pad on the left: "
-                "tokenizer.padding_side = 'left'"
+                f"row {r} of attention_mask has a pad behind a token; pad on the left: tokenizer.padding_side = 'left'"
             )
         if before[r] != seen[r]:
             raise UsageError(

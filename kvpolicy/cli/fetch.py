@@ -92,7 +92,7 @@ def download(requirement: str, folder: Path, tick: Callable[[int], None]) -> Pat
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         lines = log.read_text("utf-8", errors="replace").split("\n")
-        quoted = one_line(" | ".join([line.strip() for line in lines if line.strip()][-3:]), 400)
+        quoted = one_line(" | ".join([line.strip() for line in lines if line.strip()][-2:]), 400)
         raise RunError(
             f"pip could not download {requirement}: check the network and the package index, or "
             f"{OTHERWISE}; pip says: {quoted or f'nothing, exit code {pip.returncode}'}"

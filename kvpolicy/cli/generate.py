@@ -176,6 +176,12 @@ def _compare(
     ours = Measured(run, receipt.nbytes + receipt.other_nbytes)
     console.stdout().print()
     console.stdout().print(table(loaded.tokenizer, ours, full))
+    if ours.nbytes >= full.nbytes:
+        held = inputs["input_ids"].shape[-1] + len(full.run.tokens) - 1
+        console.warn(
+            "the run is too short to save memory: a policy's slots are allocated at once, and "
+            f"the full cache outgrows them after about {held * ours.nbytes // full.nbytes:,} tokens"
+        )
 
 
 def _warn_if_idle(receipt: Receipt, policy: Policy) -> None:

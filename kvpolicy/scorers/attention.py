@@ -161,7 +161,16 @@ class LastQuery(Scorer):
         """Return the mean attention of the newest query, as weights."""
         queries, positions = newest(view, 1)
         weight = (positions >= 0).to(view.compute_dtype)
-        amount = received(view, queries, positions, view.valid, weight, causal=True, temperature=1.0, reduce="mean")
+        amount = received(
+            view,
+            queries,
+            positions,
+            view.valid,
+            weight,
+            causal=True,
+            temperature=1.0,
+            reduce="mean",
+        )
         # Slots are unordered in each head: heads meet in position order.
         ordered = amount.gather(-1, view.order.to(torch.int64))
         mean = view.reduce_heads(ordered.sum(1, keepdim=True)) / view.num_heads

@@ -33,7 +33,7 @@ class Leverage(Scorer):
     Source: VaSE-DKV (arXiv 2606.03928) and CurDKV (arXiv 2509.15038).
 
     >>> from kvpolicy import Policy, Sinks, TopK
-    >>> Policy(Leverage() >> Sinks(4) >> TopK(1024))   # VaSE-DKV
+    >>> Policy(Leverage() >> Sinks(4) >> TopK(1024))  # VaSE-DKV
     Policy(Leverage() >> Sinks(4) >> TopK(1024))
     """
 

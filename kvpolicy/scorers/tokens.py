@@ -95,7 +95,7 @@ class Recency(Scorer):
     """Score a token by its position: the latest are kept.
 
     >>> from kvpolicy import Policy, Sinks, TopK
-    >>> Policy(Recency() >> Sinks(4) >> TopK(1024))   # StreamingLLM
+    >>> Policy(Recency() >> Sinks(4) >> TopK(1024))  # StreamingLLM
     Policy(Recency() >> Sinks(4) >> TopK(1024))
     """
 
@@ -109,7 +109,7 @@ class Constant(Scorer):
     """Score every token alike, so that guards, chance and age decide.
 
     >>> from kvpolicy import Policy, Stochastic, TopK
-    >>> Policy(Constant() >> Stochastic() >> TopK(1024))   # a uniform sample
+    >>> Policy(Constant() >> Stochastic() >> TopK(1024))  # a uniform sample
     Policy(Constant() >> Stochastic() >> TopK(1024))
     """
 

@@ -133,7 +133,11 @@ def tiers(policy: Policy, case: Case) -> Tensor:
 
 @check
 def check_not_finite(policy: EvictionPolicy) -> None:
-    """Check that infinite or undefined input is refused or kept in a defined order."""
+    """Check that infinite or undefined input is refused or kept in a defined order.
+
+    Numbers whose squares overflow must leave a full cache, too; in which order is not defined,
+    since it depends on how a product is summed.
+    """
 
     def test(spec: ViewSpec) -> None:
         try:
@@ -141,6 +145,8 @@ def check_not_finite(policy: EvictionPolicy) -> None:
         except (KVPolicyError, ValueError):
             return
         assert_sound(case.view, case.keep)
+        if spec.data == "huge":  # a fused multiply-add overflows later: kernels differ, rightly
+            return
         moved, state = permuted_slots(case.view, case.state, spec.generator)
         again = select(policy, moved, state)
         assert_same(policy, case, again.kept, "moving tokens to other slots")

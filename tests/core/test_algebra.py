@@ -82,10 +82,21 @@ def test_how_a_chain_is_bracketed_changes_nothing() -> None:
     guard, sampler, top = ValueGuard(), Stochastic(), TopK(9)
     parts = Attention(8), guard, sampler, top
     a, b, c, d = parts
-    same = [a >> b >> c >> d, a >> (b >> c) >> d, a >> (b >> (c >> d)), (a >> b) >> (c >> d), a >> ((b >> c) >> d)]
+    same = [
+        a >> b >> c >> d,
+        a >> (b >> c) >> d,
+        a >> (b >> (c >> d)),
+        (a >> b) >> (c >> d),
+        a >> ((b >> c) >> d),
+    ]
     assert len(set(same)) == 1
     assert isinstance(same[0], Chain)
-    assert [type(leaf).__name__ for leaf in Policy(same[0]).stages] == ["Attention", "ValueGuard", "Stochastic", "TopK"]
+    assert [type(leaf).__name__ for leaf in Policy(same[0]).stages] == [
+        "Attention",
+        "ValueGuard",
+        "Stochastic",
+        "TopK",
+    ]
 
 
 @pytest.mark.parametrize("stage", BUILT_IN, ids=repr)
@@ -101,21 +112,42 @@ def test_stages_are_frozen_values(stage: Any) -> None:
 @pytest.mark.parametrize(
     ("compose", "message"),
     [
-        (lambda: TopK(9) >> ValueGuard(), r"TopK\(9\) >> ValueGuard\(\): TopK\(9\) is a selector, and a selector ends"),
-        (lambda: Attention() >> KeyNorm(), r"Attention\(\) >> KeyNorm\(\): both are scorers; mix them with \+"),
-        (lambda: ValueGuard() >> KeyNorm(), r"a scorer begins a chain; write KeyNorm\(\) >> ValueGuard\(\)"),
+        (
+            lambda: TopK(9) >> ValueGuard(),
+            r"TopK\(9\) >> ValueGuard\(\): TopK\(9\) is a selector, and a selector ends",
+        ),
+        (
+            lambda: Attention() >> KeyNorm(),
+            r"Attention\(\) >> KeyNorm\(\): both are scorers; mix them with \+",
+        ),
+        (
+            lambda: ValueGuard() >> KeyNorm(),
+            r"a scorer begins a chain; write KeyNorm\(\) >> ValueGuard\(\)",
+        ),
         (lambda: ValueGuard() >> 256, r"write >> TopK\(256\)"),
         (lambda: ValueGuard() >> TopK, r"the class TopK \(write TopK\(\) with brackets\)"),
         (lambda: ValueGuard() >> "x", r"'x' of type str: only a stage can follow"),
         (lambda: (Attention() >> TopK(9)) >> TopK(9), r"ends a chain"),
-        (lambda: Attention() >> (KeyNorm() >> TopK(9)), r"begins with a scorer of its own; mix the two with \+"),
+        (
+            lambda: Attention() >> (KeyNorm() >> TopK(9)),
+            r"begins with a scorer of its own; mix the two with \+",
+        ),
         (lambda: ValueGuard() >> (KeyNorm() >> TopK(9)), r"a scorer begins a chain"),
-        (lambda: Attention() + ValueGuard(), r"Attention\(\) \+ ValueGuard\(\): \+ mixes two scorers"),
+        (
+            lambda: Attention() + ValueGuard(),
+            r"Attention\(\) \+ ValueGuard\(\): \+ mixes two scorers",
+        ),
         (lambda: Attention() + 1, r"\+ mixes two scorers"),
         (lambda: Attention() * "2", r"multiplied by a number"),
         (lambda: True * Attention(), r"multiplied by a number"),
-        (lambda: maximum(Attention(), Sinks(4)), r"maximum\(Attention\(\), Sinks\(4\)\): both must be scorers"),
-        (lambda: Policy(ValueGuard()), r"no selector ends it; write ValueGuard\(\) >> TopK\(budget\)"),
+        (
+            lambda: maximum(Attention(), Sinks(4)),
+            r"maximum\(Attention\(\), Sinks\(4\)\): both must be scorers",
+        ),
+        (
+            lambda: Policy(ValueGuard()),
+            r"no selector ends it; write ValueGuard\(\) >> TopK\(budget\)",
+        ),
         (lambda: Policy(Attention() >> ValueGuard()), r"no selector ends it"),
         (lambda: Policy(256), r"Policy\(256 of type int\): a policy takes a chain"),
         (lambda: Policy(vase(9)), r"a policy takes a chain"),
@@ -133,7 +165,10 @@ def test_what_cannot_compose_names_both(compose: Any, message: str) -> None:
         (lambda: Attention(window=0), r"Attention\(window=0\): window must be at least 1"),
         (lambda: Attention(window=2.5), r"window is a whole number, found float"),
         (lambda: Attention(pool=4), r"pool must be odd, such as 5"),
-        (lambda: Attention(reduce="median"), r"reduce is one of 'mean', 'max' \(did you mean|reduce is one of 'mean', 'max'"),
+        (
+            lambda: Attention(reduce="median"),
+            r"reduce is one of 'mean', 'max' \(did you mean|reduce is one of 'mean', 'max'",
+        ),
         (lambda: Attention(over="candidate"), r"did you mean 'candidates'"),
         (lambda: Attention(temperature=0), r"temperature must be above 0"),
         (lambda: Attention(temperature=float("nan")), r"temperature must be above 0"),
@@ -170,8 +205,14 @@ def test_parameters_out_of_range(make: Any, message: str) -> None:
     [
         ("", "the policy text is empty"),
         ("ValueGuard( >> TopK(9)", "cannot read .*character"),
-        ("ValueGaurd() >> TopK(9)", r"'ValueGaurd' is not known \(did you mean 'ValueGuard'\?\). Stages: Accum.*Recipes: h2o"),
-        ("ValueGuard(shar=0.5) >> TopK(9)", r"no parameter 'shar' \(did you mean 'share'\?\): it has share, norm, sinks"),
+        (
+            "ValueGaurd() >> TopK(9)",
+            r"'ValueGaurd' is not known \(did you mean 'ValueGuard'\?\). Stages: Accum.*Recipes: h2o",
+        ),
+        (
+            "ValueGuard(shar=0.5) >> TopK(9)",
+            r"no parameter 'shar' \(did you mean 'share'\?\): it has share, norm, sinks",
+        ),
         ("ValueGuard >> TopK(9)", r"write ValueGuard\(\) with brackets"),
         ("ValueGuard()", r"has no selector; write ValueGuard\(\) >> TopK\(budget\)"),
         ("Attention() >> KeyNorm() >> TopK(9)", "both are scorers"),
@@ -203,7 +244,7 @@ def test_texts_that_are_no_policy(text: str, message: str) -> None:
 
 def test_only_text_is_parsed() -> None:
     with pytest.raises(ParseError, match="a policy text is a string, found Policy"):
-        Policy.parse(vase(128))  # type: ignore[arg-type]
+        Policy.parse(vase(128))
 
 
 def test_plans() -> None:
@@ -211,7 +252,13 @@ def test_plans() -> None:
     assert len(plan.layers) == 3
     first = plan.layers[0]
     assert first is not None
-    assert (first.budget, first.capacity, first.interval, first.recent, first.window) == (256, 288, 32, 64, 64)
+    assert (first.budget, first.capacity, first.interval, first.recent, first.window) == (
+        256,
+        288,
+        32,
+        64,
+        64,
+    )
     once = Policy(KeyNorm() >> TopK(256), interval=None).plan(ModelSpec(1, max_new_tokens=100)).layers[0]
     assert once is not None
     assert (once.capacity, once.interval, once.window) == (356, None, 0)

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy import Constant, LayerSpec, ModelSpec, Policy, Stochastic, TopK, ValueNorm, View, random
+from kvpolicy import (
+    Constant,
+    LayerSpec,
+    ModelSpec,
+    Policy,
+    Stochastic,
+    TopK,
+    ValueNorm,
+    View,
+    random,
+)
 from kvpolicy.eviction import LogitSpec, evict
 from kvpolicy.store import Row, Store
 from tests.core.views import view_of
@@ -19,7 +29,7 @@ SPEC = LayerSpec(1, 1, 2, 2, 7, torch.float32, torch.device("cpu"))
 
 
 def rows(n: int, heads: int = 1, slots: int = 6, **more: object) -> View:
-    return view_of(torch.ones(n, heads, slots, 2), budget=3, **more)  # type: ignore[arg-type]
+    return view_of(torch.ones(n, heads, slots, 2), budget=3, **more)
 
 
 def bits(view: View, seed: int = 0, **options: bool) -> Tensor:
@@ -62,10 +72,7 @@ def test_each_field_of_the_key_matters() -> None:
         bits(view, 1),
         bits(view, 2**40),
         bits(view.at(1)),
-        *(
-            bits(dataclasses.replace(view, **{name: n}))
-            for name in ("seed", "request", "layer", "evictions")
-        ),
+        *(bits(dataclasses.replace(view, **{name: n})) for name in ("seed", "request", "layer", "evictions")),
         bits(dataclasses.replace(view, seed=n * 2**40)),
         bits(dataclasses.replace(view, head_offset=2)),
     ]
@@ -81,7 +88,10 @@ def test_each_field_of_the_key_matters() -> None:
 def test_it_depends_on_nothing_else() -> None:
     view = rows(5, 4)
     view = dataclasses.replace(
-        view, layer=torch.tensor([0, 1, 2, 3, 4]), seed=torch.tensor([9, 8, 7, 6, 5]), evictions=torch.arange(5)
+        view,
+        layer=torch.tensor([0, 1, 2, 3, 4]),
+        seed=torch.tensor([9, 8, 7, 6, 5]),
+        evictions=torch.arange(5),
     )
     whole = bits(view)
     state = torch.random.get_rng_state()
@@ -92,12 +102,19 @@ def test_it_depends_on_nothing_else() -> None:
     assert torch.equal(bits(again), whole[turned])  # batch order, layers in one view or many
     for r in range(5):  # alone or batched
         alone = dataclasses.replace(
-            rows(1, 4), layer=view.layer[r : r + 1], seed=view.seed[r : r + 1], evictions=view.evictions[r : r + 1]
+            rows(1, 4),
+            layer=view.layer[r : r + 1],
+            seed=view.seed[r : r + 1],
+            evictions=view.evictions[r : r + 1],
         )
         assert torch.equal(bits(alone), whole[r : r + 1])
     for offset in range(4):  # heads split over devices
         shard = dataclasses.replace(
-            rows(5, 1), layer=view.layer, seed=view.seed, evictions=view.evictions, head_offset=offset
+            rows(5, 1),
+            layer=view.layer,
+            seed=view.seed,
+            evictions=view.evictions,
+            head_offset=offset,
         )
         assert torch.equal(bits(shard), whole[:, offset : offset + 1])
     slots = torch.randperm(6)
@@ -124,7 +141,11 @@ def test_bits_are_uniform_and_unrelated() -> None:
     single = torch.stack([(bits(view) >> i) & 1 for i in range(32)]).double().mean((1, 2, 3))
     assert (single - 0.5).abs().max().item() < 5 * 0.5 / n**0.5
     flat = u - 0.5
-    for a, b in ((flat[:, :, 1:], flat[:, :, :-1]), (flat[1:], flat[:-1]), (flat[:, 1:], flat[:, :-1])):
+    for a, b in (
+        (flat[:, :, 1:], flat[:, :, :-1]),
+        (flat[1:], flat[:-1]),
+        (flat[:, 1:], flat[:, :-1]),
+    ):
         assert abs((a * b).mean().item() * 12) < 5 / a.numel() ** 0.5
 
 
@@ -161,7 +182,10 @@ def sequential(weights: list[float], k: int) -> list[float]:
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.5, 2.0])
-@pytest.mark.parametrize(("weights", "k"), [([1, 2, 3, 4, 5, 6], 3), ([1, 1, 8, 1], 2), ([0.01, 5, 5, 0.1, 1], 4), ([2, 1], 1)])
+@pytest.mark.parametrize(
+    ("weights", "k"),
+    [([1, 2, 3, 4, 5, 6], 3), ([1, 1, 8, 1], 2), ([0.01, 5, 5, 0.1, 1], 4), ([2, 1], 1)],
+)
 def test_top_k_of_perturbed_scores_is_sequential_sampling(weights: list[float], k: int, tau: float) -> None:
     draws, n = 20_000, len(weights)
     # The range of each value is its weight; one newest token more, which is recent and always stays.
@@ -210,4 +234,3 @@ def test_kept_noise_makes_many_evictions_one_sample_of_the_whole_history() -> No
     kept = store.positions.gather(-1, at).flatten(0, 1)
     expected = torch.arange(200).expand(4, 2, -1)[keep.mask].view(4, 2, 20)
     assert torch.equal(kept.long(), expected)
-

@@ -42,6 +42,7 @@ KEYS, VALUES = (torch.randn(B, H, S, D, generator=GEN, dtype=torch.float64) for 
 QUERIES = torch.randn(B, H * G, W, D, generator=GEN, dtype=torch.float64) * 2
 SPEC = LayerSpec(H, H * G, D, D, S, torch.float64, torch.device("cpu"))
 VIEW = view_of(KEYS, VALUES, budget=12, recent=6, queries=QUERIES)
+POSITIONS = torch.arange(S - W, S).int().expand(B, -1)
 
 
 def score(stage: Scorer, view: View = VIEW) -> Scores:
@@ -74,8 +75,8 @@ def close(found: Scores, expected: Tensor, where: Tensor | None = None) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("extra", [{}, {"softcap": 1.5}, {"sink_logits": torch.randn(B, H * G, generator=GEN)}])
 def test_attention(over: str, reduce: str, temperature: float, extra: dict[str, object]) -> None:
-    view = dataclasses.replace(VIEW, **extra)  # type: ignore[arg-type]
-    stage = Attention(W, pool=1, over=over, reduce=reduce, temperature=temperature)  # type: ignore[arg-type]
+    view = dataclasses.replace(VIEW, **extra)
+    stage = Attention(W, pool=1, over=over, reduce=reduce, temperature=temperature)
     p = probabilities(view, view.candidates if over == "candidates" else view.valid, temperature)
     expected = p.mean((2, 3)) if reduce == "mean" else p.amax((2, 3))
     close(score(stage, view), expected, view.candidates if over == "candidates" else view.valid)
@@ -85,7 +86,10 @@ def test_attention(over: str, reduce: str, temperature: float, extra: dict[str, 
 def test_attention_asks_the_newest_queries_and_leaves_absent_ones_out() -> None:
     close(score(Attention(2, pool=1)), probabilities(VIEW, VIEW.candidates)[:, :, :, -2:].mean((2, 3)))
     absent = dataclasses.replace(VIEW, query_positions=torch.tensor([[-1, -1, 20, 21, 22, 23]] * B).int())
-    close(score(Attention(W, pool=1), absent), probabilities(VIEW, VIEW.candidates)[:, :, :, 2:].mean((2, 3)))
+    close(
+        score(Attention(W, pool=1), absent),
+        probabilities(VIEW, VIEW.candidates)[:, :, :, 2:].mean((2, 3)),
+    )
 
 
 def test_pooling_means_neighbours_in_position() -> None:
@@ -114,7 +118,7 @@ def test_accumulated_attention_counts_every_query_once() -> None:
     assert torch.allclose(first.slots[0].double(), p.mean(2).sum(2), atol=1e-6)
     again = stage.update(VIEW, first)
     assert torch.equal(again.slots[0], first.slots[0])
-    later = dataclasses.replace(VIEW, query_positions=VIEW.query_positions + 2, seen=VIEW.seen + 2)  # type: ignore[operator]
+    later = dataclasses.replace(VIEW, query_positions=POSITIONS + 2, seen=VIEW.seen + 2)
     second = stage.update(later, first)
     added = probabilities(later, later.valid).mean(2)[:, :, -2:].sum(2)
     assert torch.allclose((second.slots[0] - first.slots[0]).double(), added, atol=1e-6)
@@ -147,7 +151,7 @@ def test_numbers_of_a_token(stage: Scorer, expected: Tensor) -> None:
 @pytest.mark.parametrize("norm", ["range", "l2", "absmax", "var", "l1"])
 def test_scores_are_float32_whatever_the_cache_holds(dtype: torch.dtype, norm: str) -> None:
     view = dataclasses.replace(VIEW, keys=KEYS.to(dtype), values=VALUES.to(dtype), queries=QUERIES.to(dtype))
-    stage = ValueNorm(norm)  # type: ignore[arg-type]
+    stage = ValueNorm(norm)
     wide = dataclasses.replace(view, keys=view.keys.double(), values=view.values.double())
     assert torch.allclose(score(stage, view).values, score(stage, wide).values, rtol=1e-5)
     for other in (Attention(W), KeyNorm(), KeyDifference(), Redundancy(), Leverage()):
@@ -158,7 +162,11 @@ def test_scores_are_float32_whatever_the_cache_holds(dtype: torch.dtype, norm: s
 
 def test_key_difference() -> None:
     unit = KEYS / KEYS.norm(dim=-1, keepdim=True)
-    close(score(KeyDifference()), -F.cosine_similarity(KEYS, unit.mean(2, keepdim=True), dim=-1), VIEW.valid)
+    close(
+        score(KeyDifference()),
+        -F.cosine_similarity(KEYS, unit.mean(2, keepdim=True), dim=-1),
+        VIEW.valid,
+    )
 
 
 def test_redundancy_is_the_mean_over_all_pairs() -> None:
@@ -192,7 +200,7 @@ def test_mixtures() -> None:
 
 @pytest.mark.parametrize("kind", ["sum", "max", "z"])
 def test_normalize(kind: str) -> None:
-    found = apply(Normalize(kind), score(KeyNorm())).values[..., :18]  # type: ignore[arg-type]
+    found = apply(Normalize(kind), score(KeyNorm())).values[..., :18]
     x = -KEYS.norm(dim=-1)[..., :18]
     expected = {
         "sum": x / x.abs().sum(-1, keepdim=True),

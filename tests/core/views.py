@@ -11,7 +11,13 @@ from kvpolicy import View
 
 
 def view_of(
-    keys: Tensor, values: Tensor | None = None, *, budget: int, recent: int = 1, queries: Tensor | None = None, **more: Any
+    keys: Tensor,
+    values: Tensor | None = None,
+    *,
+    budget: int,
+    recent: int = 1,
+    queries: Tensor | None = None,
+    **more: Any,
 ) -> View:
     """Return the view of rows whose slots hold tokens 0, 1, 2, ... in order.
 

@@ -17,12 +17,12 @@ ZOO = zoo(24)
 
 def logits_of(model: object, policy: Policy, tokens: Tensor, mask: Tensor, later: Tensor) -> Tensor:
     """Return the logits of every step: a prompt, then given tokens one by one."""
-    with EvictionCache(model, policy) as cache:  # type: ignore[arg-type]
+    with EvictionCache(model, policy) as cache:
         found = []
         for step in [tokens, *later.split(1, 1)]:
             mask = mask if step is tokens else torch.cat([mask, torch.ones_like(step)], 1)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
-            out = model(step, attention_mask=mask, position_ids=positions, past_key_values=cache)  # type: ignore[operator]
+            out = model(step, attention_mask=mask, position_ids=positions, past_key_values=cache)
             found.append(out.logits[:, -1])
         assert min(cache.receipt().evictions) >= 3
         return torch.stack(found, 1)

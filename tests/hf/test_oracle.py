@@ -46,6 +46,7 @@ def run(model: Any, policy: Policy, tokens: Tensor, mask: Tensor, steps: int) ->
             receipt = cache.receipt()
             for layer in receipt.layers:
                 assert torch.equal(receipt.positions(layer), oracle.kept(layer)), f"layer {layer}"
+        receipt = cache.receipt()
         for group in cache.groups:
             assert group.store is not None
             group.store.check_integrity()

@@ -18,9 +18,7 @@ PROMPT = [{"role": "user", "content": "Explain in detail why the sky is blue."}]
 @pytest.mark.slow
 def test_a_budget_beyond_the_length_gives_the_stock_tokens_on_the_real_model() -> None:
     model = real()
-    inputs = tokenizer().apply_chat_template(
-        PROMPT, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer().apply_chat_template(PROMPT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
     expected = model.generate(**inputs, **options)
     for policy in (vase(512), vase_dkv(512), h2o(512)):

@@ -50,7 +50,16 @@ def test_several_turns_equal_the_oracle(name: str) -> None:
     model, policy = tiny("llama", torch.float64), zoo(24)[name]
     oracle = Oracle(model, policy)
     with EvictionCache(model, policy) as cache:
-        for width, seed in ((30, 1), (1, 2), (1, 3), (7, 4), (1, 5), (40, 6), (3, 7), *((1, s) for s in range(20))):
+        for width, seed in (
+            (30, 1),
+            (1, 2),
+            (1, 3),
+            (7, 4),
+            (1, 5),
+            (40, 6),
+            (3, 7),
+            *((1, s) for s in range(20)),
+        ):
             ids = tokens(2, width, seed)
             expected = oracle.forward(ids)
             assert (model(ids, past_key_values=cache).logits[:, -1] - expected).abs().max() <= 1e-9
@@ -67,7 +76,11 @@ def test_generate_continues_a_conversation() -> None:
         said = model.generate(first, max_new_tokens=20, do_sample=False, past_key_values=cache)
         whole = torch.cat([said, question], 1)
         answer = model.generate(
-            whole, attention_mask=torch.ones_like(whole), max_new_tokens=10, do_sample=False, past_key_values=cache
+            whole,
+            attention_mask=torch.ones_like(whole),
+            max_new_tokens=10,
+            do_sample=False,
+            past_key_values=cache,
         )
         assert cache.receipt().seen == (40 + 20 + 12 + 9,)
     oracle = Oracle(model, SMALL)
@@ -101,7 +114,10 @@ def test_two_interleaved_caches_under_one_policy_never_meet() -> None:
         model(a[:, :30], past_key_values=one)
         model(b[:, :30], past_key_values=two)
         steps = [
-            (model(x, past_key_values=one).logits[:, -1], model(y, past_key_values=two).logits[:, -1])
+            (
+                model(x, past_key_values=one).logits[:, -1],
+                model(y, past_key_values=two).logits[:, -1],
+            )
             for x, y in zip(a[:, 30:].split(1, 1), b[:, 30:].split(1, 1), strict=True)
         ]
     for expected, found in zip(alone, zip(*steps, strict=True), strict=True):
@@ -112,7 +128,7 @@ def test_reset_begins_again_in_the_same_slots() -> None:
     model, ids = tiny("llama", torch.float64), tokens(2, 60)
     for name in ("vase", "h2o", "mixture"):
         with EvictionCache(model, zoo(24)[name]) as cache:
-            runs = []
+            runs, addresses = [], []
             for _ in range(2):
                 model(ids[:, :30], past_key_values=cache)
                 runs.append(decode(model, cache, ids[:, 30:]))
@@ -171,7 +187,15 @@ def test_the_receipt_is_a_table() -> None:
     assert receipt.seen == (59, 59)
     assert receipt.evictions == (3, 3)
     text = str(receipt)
-    for part in ("tau=1.0", "share=0.25", "redraw=True", "interval=8", "59", "evictions", "never grown"):
+    for part in (
+        "tau=1.0",
+        "share=0.25",
+        "redraw=True",
+        "interval=8",
+        "59",
+        "evictions",
+        "never grown",
+    ):
         assert part in text
     kept = receipt.positions(2)
     assert kept.shape == (2, 2, receipt.slots[0])
@@ -205,7 +229,11 @@ class Ordinary(nn.Module):
         ("vase(24)", BindError, r"Policy\.parse"),
         (vase, BindError, "is not an EvictionPolicy"),
         (vase(64), BudgetError, "not larger than recent=64"),
-        (Policy(Sinks(20) >> TopK(24), recent=8), BudgetError, r"Sinks\(20\) protects 20 slots and recent=8"),
+        (
+            Policy(Sinks(20) >> TopK(24), recent=8),
+            BudgetError,
+            r"Sinks\(20\) protects 20 slots and recent=8",
+        ),
         (Policy(ValueGuard(share=0.9) >> TopK(24), recent=8), BudgetError, "protects 21 slots"),
     ],
 )
@@ -240,14 +268,20 @@ def test_models_that_cannot_be_bound() -> None:
 
     small = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
-        EvictionCache(T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2)), SMALL)
+        EvictionCache(
+            T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2)),
+            SMALL,
+        )
     with pytest.raises(UnsupportedError, match="latent"):
-        EvictionCache(DeepseekV3ForCausalLM(DeepseekV3Config(**small, intermediate_size=16, n_routed_experts=2)), SMALL)
+        EvictionCache(
+            DeepseekV3ForCausalLM(DeepseekV3Config(**small, intermediate_size=16, n_routed_experts=2)),
+            SMALL,
+        )
     sliding = MistralConfig(**small, num_key_value_heads=1, intermediate_size=16, sliding_window=8)
     with pytest.raises(UnsupportedError, match="no full-attention layer"):
         EvictionCache(MistralForCausalLM(sliding), SMALL)
     with pytest.raises(UnsupportedError, match="takes a transformers model, found Ordinary"):
-        EvictionCache(Ordinary(), SMALL)  # type: ignore[arg-type]
+        EvictionCache(Ordinary(), SMALL)
     model = tiny("llama")
     model.set_attn_implementation("flex_attention")
     with pytest.raises(UnsupportedError, match="attn_implementation='sdpa'"):
@@ -354,7 +388,10 @@ def test_what_transformers_may_ask_that_we_cannot_do() -> None:
 @pytest.mark.parametrize("given", [{"seeds": [1, 2, 3]}, {"requests": [1]}])
 def test_seeds_must_fit_the_batch(given: dict[str, list[int]]) -> None:
     model = tiny("llama")
-    with EvictionCache(model, SMALL, **given) as cache, pytest.raises(UsageError, match="the batch has 2 rows"):
+    with (
+        EvictionCache(model, SMALL, **given) as cache,
+        pytest.raises(UsageError, match="the batch has 2 rows"),
+    ):
         model(tokens(2, 30), past_key_values=cache)
 
 
@@ -381,3 +418,33 @@ def test_a_model_without_attention_scores_needs_no_window() -> None:
         assert store.window.queries.numel() == 0
     assert streaming_llm(128).needs == frozenset()
     assert Policy(Attention() >> TopK(128)).needs == {"queries"}
+
+
+@pytest.mark.parametrize("name", zoo(24))
+def test_layers_in_one_view_or_many(name: str) -> None:
+    """A small workspace cuts an eviction into many views, and blocks of heads: nothing else changes."""
+    model, ids, kept = tiny("llama", torch.float64), tokens(2, 60), []
+    for workspace in (2**28, 2**13):
+        with EvictionCache(model, zoo(24)[name], workspace=workspace) as cache:
+            model(ids[:, :30], past_key_values=cache)
+            logits = decode(model, cache, ids[:, 30:])
+            kept.append((logits, *(cache.receipt().positions(layer) for layer in range(3))))
+    for one, many in zip(*kept, strict=True):
+        assert torch.equal(one, many)
+
+
+def test_a_policy_that_fails_leaves_no_cache_that_seems_right() -> None:
+    @dataclass(frozen=True)
+    class Failing(Scorer):
+        def score(self, view: Any, state: Any) -> Scores:
+            raise RuntimeError("on purpose")
+
+    model, ids = tiny("llama"), tokens(1, 60)
+    with EvictionCache(model, Policy(Failing() >> TopK(24), interval=8, recent=8)) as cache:
+        model(ids[:, :20], past_key_values=cache)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            decode(model, cache, ids[:, 20:])
+        with pytest.raises(UsageError, match="failed half-way"):
+            model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        model(ids[:, :20], past_key_values=cache)

@@ -38,9 +38,7 @@ def zoo(budget: int, *, interval: int = 8, recent: int = 8, window: int = 16) ->
         "keydiff": KeyDifference() >> TopK(budget),
         "random_eviction": Constant() >> Prompt() >> Stochastic() >> TopK(budget),
         "random_kept_noise": Constant() >> Stochastic(redraw=False) >> TopK(budget),
-        "mixture": maximum(
-            Attention(window, reduce="max") >> Normalize("z"), ValueNorm("l2") >> Normalize("z")
-        )
+        "mixture": maximum(Attention(window, reduce="max") >> Normalize("z"), ValueNorm("l2") >> Normalize("z"))
         + 0.5 * (AccumulatedAttention(window) >> Normalize("max"))
         >> Sinks(1)
         >> TopK(budget),

@@ -1,0 +1,86 @@
+"""Run the benchmarks: ``python -m benchmarks [decode eviction layers memory flat] [--quick]``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import decode, eviction, flat, layers, memory, models
+from benchmarks.report import Section, environment, show, write_json
+from benchmarks.stores import Shape
+
+__all__ = ["SECTIONS", "main"]
+
+SMALL = Shape(heads=3, group=3, dim=64)  # SmolLM2-135M
+LARGE = Shape(heads=8, group=4, dim=128)  # an 8B model
+HALF = Shape(heads=8, group=4, dim=128, dtype=torch.bfloat16)
+
+
+def _decode(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return decode.run(models.tiny(), [128, 512], 2)
+    return decode.run(models.load(options.model), [256, 4096], options.repeats or 5)
+
+
+def _eviction(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return eviction.run(LARGE, [1024, 4096], options.repeats or 3)
+    return eviction.run(LARGE, [1024, 4096, 16384, 32768], options.repeats or 9)
+
+
+def _layers(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return layers.run({"4 × 3 × 64": (SMALL, 4)}, [256], options.repeats or 3)
+    shapes = {"30 × 3 × 64": (SMALL, 30), "16 × 8 × 128": (LARGE, 16)}
+    return layers.run(shapes, [256, 1024, 4096], options.repeats or 7)
+
+
+def _memory(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return memory.run([(SMALL, 8, 512)], [256, 16])
+    return memory.run([(SMALL, 30, 4096), (HALF, 32, 4096), (HALF, 2, 32768)], [256, 16])
+
+
+def _flat(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return flat.run(models.tiny(), 128, 512, 256, 64)
+    return flat.run(models.load(options.model), 256, 8192 - 256, 1024, 128)
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {
+    "decode": _decode,
+    "eviction": _eviction,
+    "layers": _layers,
+    "memory": _memory,
+    "flat": _flat,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what was asked for, print it, and write it down."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="small sizes, and a model of no weight")
+    parser.add_argument("--model", type=Path, help="folder of a model; by default the demo's")
+    parser.add_argument("--repeats", type=int, help="of each measurement")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.sections) - set(SECTIONS)):
+        parser.error(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    console, found = Console(highlight=False), list[Section]()
+    console.print("  ".join(f"{name} {value}" for name, value in environment().items()))
+    for name in options.sections or SECTIONS:
+        found.append(SECTIONS[name](options))
+        show(found[-1], console)
+    if options.json is not None:
+        write_json(options.json, found, {"quick": options.quick, "repeats": options.repeats})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Stores full of random tokens, about to be evicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvpolicy import Policy
+from kvpolicy.eviction import LogitSpec
+from kvpolicy.policy import EvictionPolicy, ModelSpec
+from kvpolicy.store import Row, Store
+from kvpolicy.view import DEFAULT_WORKSPACE, LayerSpec
+
+__all__ = ["Shape", "filled", "grow", "logits_of"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Give the sizes of a layer."""
+
+    heads: int
+    group: int
+    dim: int
+    dtype: torch.dtype = torch.float32
+
+
+def filled(
+    policy: EvictionPolicy, shape: Shape, layers: range, kind: type[Store] = Store
+) -> Store:
+    """Return a store of one request that holds its budget; :func:`grow` makes an eviction due."""
+    plan = policy.plan(ModelSpec(len(layers))).layers[0]
+    assert plan is not None
+    heads = shape.heads * shape.group
+    device = torch.device("cpu")
+    spec = LayerSpec(
+        shape.heads, heads, shape.dim, shape.dim, plan.capacity, shape.dtype, device
+    )
+    store = kind(policy, plan, spec, layers, [Row()])
+    _add(store, plan.budget, decoding=False)
+    return store
+
+
+def grow(store: Store) -> None:
+    """Add an interval of random tokens."""
+    _add(store, store.plan.capacity - store.plan.budget, decoding=True)
+
+
+def _add(store: Store, count: int, *, decoding: bool) -> None:
+    spec, window = store.spec, store.plan.window
+    for index in range(len(store.layers)):
+        keys = torch.randn(1, spec.num_heads, count, spec.head_dim).to(spec.dtype)
+        values = torch.randn(1, spec.num_heads, count, spec.value_dim).to(spec.dtype)
+        queries = torch.randn(1, spec.num_query_heads, min(count, window), spec.head_dim)
+        store.append(index, keys, values, [count])
+        store.observe(index, queries.to(spec.dtype), [count])
+    store.advance([row.advanced(count, decoding=decoding) for row in store.rows])
+
+
+def logits_of(store: Store, workspace: int = DEFAULT_WORKSPACE) -> LogitSpec:
+    """Return what an ordinary model's attention does."""
+    return LogitSpec(
+        scaling=store.spec.head_dim**-0.5,
+        num_layers=len(store.layers),
+        num_heads=store.spec.num_heads,
+        workspace=workspace,
+    )

@@ -1,0 +1,184 @@
+"""The documentation is true: its code runs, its tables agree with the code, its links lead on.
+
+``KVPOLICY_TEST_MODEL`` names a folder to use in place of the default model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+import shlex
+import sys
+import tomllib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import settings
+
+import kvpolicy
+from kvpolicy import Policy, policies
+from kvpolicy.cli import app as cli
+from kvpolicy.cli import default_model
+from tests.docs.pages import PAGES, ROOT, Block, blocks, commands, links, name
+from tests.models import default_folder
+
+README = ROOT / "README.md"
+CHEAP = 32  #: tokens that a command on a page may generate here
+PYTHON = [page for page in PAGES if blocks(page, "python")]
+CONSOLE = [page for page in PAGES if commands(page)]
+
+
+def needs_model(page: Path) -> bool:
+    return "default_model()" in page.read_text("utf-8") and bool(blocks(page, "python"))
+
+
+def marked(pages: list[Path]) -> list[Any]:
+    """Return pages as parameters, marked where they load a model."""
+    marks = {page: [pytest.mark.model] if needs_model(page) else [] for page in pages}
+    return [pytest.param(page, id=name(page), marks=marks[page]) for page in pages]
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    return Path(default_folder())
+
+
+@pytest.fixture
+def few_examples() -> Iterator[None]:
+    """Let hypothesis draw few examples: that a check runs is what a page shows."""
+    before = settings.get_current_profile_name()
+    settings.register_profile("docs", max_examples=3, database=None, derandomize=True)
+    settings.load_profile("docs")
+    yield
+    settings.load_profile(before)
+
+
+# What pages run
+
+
+@pytest.mark.usefixtures("few_examples")
+@pytest.mark.parametrize("page", marked(PYTHON))
+def test_python_blocks_run(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if needs_model(page):
+        folder = request.getfixturevalue("model_folder")
+        monkeypatch.setattr(default_model, "default_model", lambda: folder)
+    module = types.ModuleType("docs_page")  # dataclasses ask for the module of a class
+    monkeypatch.setitem(sys.modules, "docs_page", module)
+    for block in blocks(page, "python"):
+        if block.not_run is None:
+            run(block, vars(module))
+
+
+def run(block: Block, namespace: dict[str, Any]) -> None:
+    """Run a block, and compare what it prints with what the page says."""
+    code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, namespace)
+    if block.prints is not None:
+        assert printed.getvalue().splitlines() == block.prints.splitlines(), f"{block} prints else"
+
+
+def test_blocks_that_do_not_run_are_few() -> None:
+    found = [block for page in PYTHON for block in blocks(page, "python")]
+    assert {str(block): block.not_run for block in found if block.not_run} == {}
+
+
+@pytest.mark.parametrize("page", marked(CONSOLE))
+def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in commands(page):
+        words = shlex.split(command)
+        match words:
+            case ["make", *targets]:
+                makefile = (ROOT / "Makefile").read_text("utf-8")
+                known = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+                assert set(targets) <= known, command
+            case ["pip", "install", requirement]:
+                assert set(extras(requirement)) <= set(project()["optional-dependencies"]), command
+            case ["kvpolicy", "generate", *options]:
+                given = typer.main.get_command(cli.app).commands["generate"]  # type: ignore[attr-defined]
+                values = given.make_context("generate", list(options)).params
+                Policy.parse(values["policy"])
+                if values["max_new_tokens"] <= CHEAP:
+                    folder = request.getfixturevalue("model_folder")
+                    monkeypatch.setattr(default_model, "default_model", lambda folder=folder: folder)
+                    assert cli.run(words[1:]) == 0, command
+            case ["kvpolicy", *arguments]:
+                assert cli.run(arguments) == 0, command
+            case _:
+                pytest.fail(f"{name(page)}: nobody checks {command!r}; teach this test")
+
+
+def extras(requirement: str) -> list[str]:
+    found = re.fullmatch(r"kvpolicy(?:\[([\w,]+)\])?", requirement)
+    assert found, requirement
+    return found[1].split(",") if found[1] else []
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+# What pages list
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = "\n".join(page.read_text("utf-8") for page in sorted((ROOT / "docs/api").glob("*.md")))
+    words = set(re.findall(r"\w+", reference))
+    assert not [one for one in kvpolicy.__all__ if one not in words]
+
+
+@pytest.mark.parametrize("recipe", policies.__all__)
+def test_every_policy_is_described(recipe: str) -> None:
+    function = getattr(policies, recipe)
+    row = re.search(
+        rf"^\|[^|]+\| `({recipe}\(1024\))` \|([^|]+)\| `([^`]+)` \|$",
+        README.read_text("utf-8"),
+        re.MULTILINE,
+    )
+    assert row, f"README.md has no row for {recipe}(1024) in its table of the zoo"
+    assert row[3] == repr(function(1024)) == repr(Policy.parse(row[1]))
+
+    page = (ROOT / "docs/policies.md").read_text("utf-8")
+    section = re.search(rf"^## [^\n]+{{ #{recipe} }}\n(.*?)(?=^## )", page, re.MULTILINE | re.DOTALL)
+    assert section, f"docs/policies.md has no section {{ #{recipe} }}"
+    assert f"`{recipe}{signature(function)}`" in section[1]
+    assert f"`{function(1024)!r}`" in section[1]
+
+    source = Path(inspect.getfile(function)).read_text("utf-8")
+    papers = set(re.findall(r"https://arxiv\.org/abs/[\d.]+\d", source))
+    assert papers
+    for paper in papers:
+        assert paper in page
+        assert paper in README.read_text("utf-8")
+
+
+def signature(function: Any) -> str:
+    """Return a signature without annotations."""
+    found = inspect.signature(function)
+    bare = [one.replace(annotation=inspect.Parameter.empty) for one in found.parameters.values()]
+    return str(found.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+def test_every_option_is_in_the_reference() -> None:
+    page = (ROOT / "docs/api/command-line.md").read_text("utf-8")
+    group: Any = typer.main.get_command(cli.app)
+    for command, about in group.commands.items():
+        assert f"\n## kvpolicy {command}\n" in page
+        options = {word for one in about.params for word in (*one.opts, *one.secondary_opts) if word.startswith("--")}
+        missing = sorted(word for word in options - {"--help"} if f"`{word}" not in page)
+        assert not missing, f"docs/api/command-line.md: {command} has {missing}"
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name(page)) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        if not re.match(r"[a-z]+:", target):
+            file = target.partition("#")[0]
+            assert not file or (page.parent / file).exists(), f"{name(page)}: {target}"
