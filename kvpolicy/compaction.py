@@ -2,7 +2,7 @@
 
 A head that keeps ``n`` of its slots has as many holes below ``n`` as survivors at or above it.
 Each survivor moves into one hole; everything else stays where it is. Shapes are fixed, and nothing
-is sorted.
+is sorted but the moves.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ def compress(values: Tensor, chosen: Tensor, size: int, fill: int) -> Tensor:
     >>> compress(torch.tensor([[7, 8, 9]]), torch.tensor([[True, False, True]]), 3, -1)
     tensor([[ 7,  9, -1]])
     """
-    rank = torch.where(chosen, chosen.cumsum(-1) - 1, size)  # what is not chosen goes to a place that is cut off
     out = torch.full((*values.shape[:-1], size + 1), fill, dtype=values.dtype, device=values.device)
-    return out.scatter(-1, rank, values)[..., :size]
+    return out.scatter_(-1, _rank(chosen), values)[..., 1:]
+
+
+def _rank(chosen: Tensor) -> Tensor:
+    """Return 1, 2, ... for what is chosen, in order, and 0 for all else: a place that is cut off."""
+    return chosen.cumsum(-1, dtype=torch.int32).mul_(chosen).to(torch.int64)
 
 
 def moves(mask: Tensor, victims: Tensor | None, lengths: Tensor, kept: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -47,21 +51,23 @@ def moves(mask: Tensor, victims: Tensor | None, lengths: Tensor, kept: Tensor, l
         Sources and destinations, ``[B, H, limit]``. Where a head needs fewer moves, the last ones
         repeat its first, or move slot 0 onto itself.
     """
+    size = mask.shape[-1]
     tail = kept[..., None] + torch.arange(limit, device=mask.device)
-    in_use = tail < lengths[..., None]
-    alive = in_use & mask.gather(-1, tail.clamp(max=mask.shape[-1] - 1))
-    source = compress(tail, alive, limit, -1)
-    if victims is None:
-        slots = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
-        victims, holes = slots, ~mask & (slots < kept[..., None])
+    alive = (tail < lengths[..., None]) & mask.gather(-1, tail.clamp(max=size - 1))
+    source = _ascending(tail, alive, size)
+    if victims is None or victims.shape[-1] != limit:
+        slots = torch.arange(size, device=mask.device).expand(mask.shape)
+        target = compress(slots, ~mask & (slots < kept[..., None]), limit, size)
     else:
-        holes = (victims >= 0) & (victims < kept[..., None])
-    target = compress(victims, holes, limit, -1)
-    idle = source < 0
-    return (
-        torch.where(idle, source[..., :1], source).clamp(min=0),
-        torch.where(idle, target[..., :1], target).clamp(min=0),
-    )
+        target = _ascending(victims, (victims >= 0) & (victims < kept[..., None]), size)
+    idle = source == size
+    source, target = (torch.where(idle, slots[..., :1], slots) for slots in (source, target))
+    return source % size, target % size  # `size`, where a head needs no move, becomes slot 0
+
+
+def _ascending(slots: Tensor, chosen: Tensor, size: int) -> Tensor:
+    """Return the chosen slots of each row in the order of memory, and ``size`` behind them."""
+    return torch.where(chosen, slots, size).sort(-1).values
 
 
 def flat(slots: Tensor, size: int) -> Tensor:
@@ -85,8 +91,15 @@ def move_(tensors: Iterable[Tensor], source: Tensor, target: Tensor) -> None:
         size = tensor.shape[2]
         if flat_source is None or flat_target is None:
             flat_source, flat_target = flat(source, size), flat(target, size)
-        lines = tensor.view(-1, *tensor.shape[3:])
+        lines = _words(tensor.flatten(0, 2))
         lines.index_copy_(0, flat_target, lines.index_select(0, flat_source))
+
+
+def _words(lines: Tensor) -> Tensor:
+    """Return the same memory as the widest words: a CPU copies chosen rows word by word."""
+    if lines.device.type == "cpu" and lines.dim() > 1 and lines.shape[-1] * lines.element_size() % 16 == 0:
+        return lines.view(torch.complex128)
+    return lines
 
 
 def reorder_after(order: Tensor, mask: Tensor, source: Tensor, target: Tensor, kept: Tensor) -> Tensor:
@@ -102,8 +115,8 @@ def reorder_after(order: Tensor, mask: Tensor, source: Tensor, target: Tensor, k
     Returns:
         ``[B, H, S]``, in the dtype of ``order``; free slots stand last, in their own order.
     """
-    slots = torch.arange(order.shape[-1], device=order.device, dtype=order.dtype)
-    place = slots.expand(order.shape).scatter(-1, source, target.to(order.dtype))
+    slots = torch.arange(-1, order.shape[-1], device=order.device, dtype=order.dtype)
+    slots = slots.expand(*order.shape[:-1], -1)
+    place = slots[..., 1:].scatter(-1, source, target.to(order.dtype))
     at = order.to(torch.int64)
-    packed = compress(place.gather(-1, at), mask.gather(-1, at), order.shape[-1], 0)
-    return torch.where(slots < kept[..., None], packed, slots)
+    return slots.scatter(-1, _rank(mask.gather(-1, at)), place.gather(-1, at))[..., 1:]

@@ -385,3 +385,13 @@ class Store:
     def _rows_of(self, index: int) -> slice:
         """Return which of the ``layers * requests`` rows belong to one layer."""
         return slice(index * len(self.rows), (index + 1) * len(self.rows))
+
+    def check_integrity(self) -> None:
+        """Check that the parts of this store agree with each other; modifies nothing.
+
+        Raises:
+            IntegrityError: they contradict each other; the message says what, and where.
+        """
+        from kvpolicy.integrity import check_integrity
+
+        check_integrity(self)

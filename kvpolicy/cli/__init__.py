@@ -23,8 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         import typer  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ModuleNotFoundError as error:
         print(
-            f"error: the command line needs {error.name}, which is not installed: "
-            "pip install 'kvpolicy[cli]'",
+            f"error: the command line needs {error.name}, which is not installed: pip install 'kvpolicy[cli]'",
             file=sys.stderr,
         )
         sys.exit(1)

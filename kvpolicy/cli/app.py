@@ -20,9 +20,7 @@ __all__ = ["app", "run"]
 
 INTERRUPTED = 128 + signal.SIGINT
 #: The base of what typer raises for bad options: click's, or typer's own copy of it.
-ClickException: Any = next(
-    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
-)
+ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="kvpolicy",
@@ -49,9 +47,7 @@ def options(
     *,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Decide what a language model may forget: KV-cache eviction policies."""

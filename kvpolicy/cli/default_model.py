@@ -54,9 +54,7 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "kvpolicy"
     except RuntimeError as error:
-        raise RunError(
-            "there is no home folder: name one for the model in KVPOLICY_CACHE"
-        ) from error
+        raise RunError("there is no home folder: name one for the model in KVPOLICY_CACHE") from error
 
 
 def default_model(cache: Path | None = None, *, quiet: bool = False) -> Path:
@@ -106,10 +104,7 @@ def is_complete(folder: Path) -> bool:
             metadata["format"] == FORMAT
             and metadata["source_sha256"] == WEIGHTS.sha256
             and "model.safetensors" in metadata["files"]
-            and all(
-                (folder / name).stat().st_size == file["bytes"]
-                for name, file in metadata["files"].items()
-            )
+            and all((folder / name).stat().st_size == file["bytes"] for name, file in metadata["files"].items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -139,9 +134,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
         convert(gguf, folder)
     except ImportError as error:
-        raise RunError(
-            f"converting {NAME} needs more: pip install 'kvpolicy[cli]' ({one_line(error)})"
-        ) from error
+        raise RunError(f"converting {NAME} needs more: pip install 'kvpolicy[cli]' ({one_line(error)})") from error
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
@@ -159,8 +152,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
         "format": FORMAT,
         "written_by": {"kvpolicy": kvpolicy.__version__, "transformers": transformers.__version__},
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": fetch.sha256(path)}
-            for path in sorted(folder.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": fetch.sha256(path)} for path in sorted(folder.iterdir())
         },
     }
 

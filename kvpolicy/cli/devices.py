@@ -26,9 +26,7 @@ def choose_device(text: str) -> torch.device:
         device = torch.device(text)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(
-            f"--device {text}: torch cannot use it here: {one_line(error, 200)}"
-        ) from error
+        raise CommandError(f"--device {text}: torch cannot use it here: {one_line(error, 200)}") from error
     return device
 
 
@@ -45,9 +43,7 @@ def choose_dtype(text: str, device: torch.device, *, exact: bool = False) -> tor
         CommandError: the name is none of ``DTYPES``.
     """
     if text not in DTYPES:
-        raise CommandError(
-            f"--dtype {text}: it is one of {', '.join(DTYPES)}{nearest(text, DTYPES)}"
-        )
+        raise CommandError(f"--dtype {text}: it is one of {', '.join(DTYPES)}{nearest(text, DTYPES)}")
     if text != "auto":
         named: torch.dtype = getattr(torch, text)
         return named

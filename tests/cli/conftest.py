@@ -11,9 +11,7 @@ from tests.cli.tools import Command, Result, save_tiny
 
 
 @pytest.fixture(autouse=True)
-def surroundings(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def surroundings(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the user's cache, but those that say that they need the real model."""
     if request.node.get_closest_marker("model") is None:
         monkeypatch.setenv("KVPOLICY_CACHE", str(tmp_path / "cache"))

@@ -83,9 +83,7 @@ def test_show_a_stage(kvpolicy: Command) -> None:
     assert "https://arxiv.org/abs/2606.03928" in out
 
 
-@pytest.mark.parametrize(
-    ("typed", "meant"), [("vasw", "vase"), ("valueguard", "ValueGuard"), ("SNAPKV", "snapkv")]
-)
+@pytest.mark.parametrize(("typed", "meant"), [("vasw", "vase"), ("valueguard", "ValueGuard"), ("SNAPKV", "snapkv")])
 def test_show_an_unknown_name(kvpolicy: Command, typed: str, meant: str) -> None:
     result = kvpolicy("show", typed)
     assert result.code == 2

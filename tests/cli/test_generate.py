@@ -24,18 +24,14 @@ def reference(folder: Path, prompt: str, policy: str, tokens: int, **how: Any) -
     inputs = tokenizer(prompt, return_tensors="pt")
     torch.manual_seed(how.pop("seed", 0))
     with EvictionCache(model, Policy.parse(policy)) as cache:
-        out = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=tokens, **{"do_sample": False, **how}
-        )
+        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, **{"do_sample": False, **how})
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def test_writes_the_text_and_nothing_else_to_stdout(kvpolicy: Command, bare: Path) -> None:
     text = "Policy(ValueGuard() >> Stochastic() >> TopK(32), interval=8, recent=4)"
     expected = reference(bare, "A prompt of some bytes.", text, 60)
-    result = kvpolicy(
-        *("generate", "A prompt of some bytes.", "--model", bare, "--dtype", "float32", *SHORT)
-    )
+    result = kvpolicy(*("generate", "A prompt of some bytes.", "--model", bare, "--dtype", "float32", *SHORT))
     assert result.code == 0, result.err
     assert result.out == expected + "\n"
 
@@ -64,9 +60,7 @@ def test_receipt_and_timing_come_last(kvpolicy: Command, tiny: Path) -> None:
     assert "warning" not in result.err
     assert "TopK(32), interval=8, recent=4)" in result.err
     assert "slots per KV head" in result.err
-    assert re.fullmatch(
-        r"60 tokens, [\d.]+ tokens per second \(decode\), first token after [\d.]+ s", lines[-1]
-    )
+    assert re.fullmatch(r"60 tokens, [\d.]+ tokens per second \(decode\), first token after [\d.]+ s", lines[-1])
 
 
 def test_one_token_has_no_rate(kvpolicy: Command, tiny: Path) -> None:
@@ -101,9 +95,7 @@ def test_interval_none_evicts_the_prompt_alone(kvpolicy: Command, tiny: Path, po
     assert "interval=None" in result.err
 
 
-def test_chat_template_is_used_where_there_is_one(
-    kvpolicy: Command, tiny: Path, bare: Path
-) -> None:
+def test_chat_template_is_used_where_there_is_one(kvpolicy: Command, tiny: Path, bare: Path) -> None:
     def tokens_seen(*arguments: object) -> int:
         result = kvpolicy("generate", *arguments, "--max-new-tokens", 1)
         assert result.code == 0, result.err
@@ -128,9 +120,7 @@ def test_prompt_from_stdin_and_from_a_file(kvpolicy: Command, bare: Path, tmp_pa
     assert kvpolicy("generate", "-", *common, stdin="Grüße,\nWelt\n").out == written
 
 
-def test_default_model_is_taken_without_a_name(
-    kvpolicy: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_model_is_taken_without_a_name(kvpolicy: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvpolicy.cli import default_model
 
     monkeypatch.setattr(default_model, "default_model", lambda: tiny)

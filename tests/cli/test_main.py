@@ -100,9 +100,7 @@ def test_traceback_on_request(kvpolicy: Command, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_the_extra(
-    kvpolicy: Command, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+def test_without_the_extra(kvpolicy: Command, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     result = kvpolicy("list")
     assert result.code == 1
@@ -142,9 +140,7 @@ def test_one_line_and_its_limit() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_interrupting_a_run(tiny: Path) -> None:
     command = [*PROGRAM, "generate", "a", "--model", str(tiny), "--max-new-tokens", "100000"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.read(1)  # it writes
         process.send_signal(signal.SIGINT)
@@ -157,9 +153,7 @@ def test_interrupting_a_run(tiny: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
 def test_a_reader_that_goes_away_is_no_error(tiny: Path) -> None:
     command = [*PROGRAM, "generate", "a", "--model", str(tiny), "--max-new-tokens", "100000"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(1)

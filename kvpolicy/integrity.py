@@ -1,0 +1,163 @@
+"""Whether the parts of a store agree with each other: :func:`check_integrity`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import IntegrityError
+from kvpolicy.window import oldest_first
+
+if TYPE_CHECKING:
+    from kvpolicy.store import Row, Store
+
+__all__ = ["check_integrity", "settled_positions"]
+
+
+def check_integrity(store: Store) -> None:
+    """Check that counts, positions, order, window and state of a store agree; modifies nothing.
+
+    Reads every position, so that it waits for the device: for tests and bug reports.
+
+    Raises:
+        IntegrityError: two parts contradict each other; the message says which, and where.
+    """
+    _check_rows(store)
+    _check_tensors(store)
+    positions = settled_positions(store).cpu()
+    order = store.order.cpu().to(torch.int64)
+    for index, layer in enumerate(store.layers):
+        for r, row in enumerate(store.rows):
+            for head in range(store.spec.num_heads):
+                where = f"layer {layer}, request {r}, head {head}"
+                _check_head(where, row, positions[index, r, head], order[index, r, head])
+            _check_window(store, index, r)
+
+
+def settled_positions(store: Store) -> Tensor:
+    """Return the position of every slot, as :meth:`~kvpolicy.store.Store.settle` would leave it."""
+    slots = torch.arange(store.spec.capacity, device=store.spec.device)
+    columns = (store.column(name)[:, None, None] for name in ("length", "settled", "seen"))
+    length, settled, seen = columns
+    new = (slots >= settled) & (slots < length)
+    implicit = (slots + seen - length).to(store.positions.dtype)
+    return torch.where(new, implicit, store.positions)
+
+
+def _check_rows(store: Store) -> None:
+    capacity = store.spec.capacity
+    for r, row in enumerate(store.rows):
+        where = f"request {r}"
+        if not 0 <= row.length <= capacity:
+            _refuse(where, f"length={row.length}, and there are {capacity} slots")
+        if not 0 <= row.settled <= row.length:
+            _refuse(where, f"settled={row.settled} of length={row.length} slots")
+        for name in ("length", "prompt", "decoded", "intact"):
+            if not 0 <= getattr(row, name) <= row.seen:
+                _refuse(where, f"{name}={getattr(row, name)}, and seen={row.seen}")
+        if row.seen - row.intact > row.length:
+            _refuse(
+                where,
+                f"every token from intact={row.intact} to seen={row.seen} is there, more than length={row.length}",
+            )
+
+
+def _check_tensors(store: Store) -> None:
+    spec, window = store.spec, store.window
+    lead = (len(store.layers), len(store.rows))
+    slots = (*lead, spec.num_heads, spec.capacity)
+    size = store.plan.window
+    expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
+        ("keys", store.keys, (*slots, spec.head_dim), spec.dtype),
+        ("values", store.values, (*slots, spec.value_dim), spec.dtype),
+        ("positions", store.positions, slots, torch.int32),
+        ("order", store.order, slots, torch.int32),
+        ("broken", store.broken, (lead[0] * lead[1],), torch.int64),
+        (
+            "window.queries",
+            window.queries,
+            (*lead, spec.num_query_heads, size, spec.head_dim),
+            spec.dtype,
+        ),
+        ("window.positions", window.positions, (*lead, size), torch.int32),
+    ]
+    for stage, held in enumerate(store.state):
+        if held is not None:
+            rows = lead[0] * lead[1]
+            expected += [
+                (f"state[{stage}].slots", t, (rows, *slots[2:], *t.shape[3:]), t.dtype)
+                for t in held.slots
+            ]
+            expected += [
+                (f"state[{stage}].rows", t, (rows, *t.shape[1:]), t.dtype) for t in held.rows
+            ]
+    for name, tensor, shape, dtype in expected:
+        if tuple(tensor.shape) != shape:
+            _refuse(name, f"shape {tuple(tensor.shape)}, and the store's sizes make it {shape}")
+        if tensor.dtype != dtype:
+            _refuse(name, f"{tensor.dtype}, and should be {dtype}")
+        if tensor.device != store.keys.device:
+            _refuse(name, f"on {tensor.device}, and the keys are on {store.keys.device}")
+        if not tensor.is_contiguous():
+            _refuse(name, "not contiguous, and slots are moved as lines of memory")
+
+
+def _check_head(where: str, row: Row, positions: Tensor, order: Tensor) -> None:
+    used, free = positions[: row.length], positions[row.length :]
+    if bool((free != -1).any()):
+        slot = row.length + int((free != -1).nonzero()[0])
+        _refuse(
+            where,
+            f"slot {slot} lies behind length={row.length}, and has position {int(positions[slot])}",
+        )
+    outside = (used < 0) | (used >= row.seen)
+    if bool(outside.any()):
+        slot = int(outside.nonzero()[0])
+        _refuse(
+            where,
+            f"slot {slot} is in use and has position {int(used[slot])}, outside [0, seen={row.seen})",
+        )
+    ascending = used.sort().values
+    twice = ascending[1:][ascending[1:] == ascending[:-1]].tolist()
+    if twice:
+        _refuse(where, f"position {twice[0]} is held by two slots")
+    if not torch.equal(order.sort().values, torch.arange(len(order))):
+        _refuse(where, f"order is no permutation of {len(order)} slots: {order.tolist()}")
+    if not torch.equal(positions[order][: row.length], ascending):
+        _refuse(
+            where,
+            f"in order, positions are {positions[order].tolist()}; they should ascend, free slots last",
+        )
+    newest = int((used >= row.intact).sum())
+    if newest != row.seen - row.intact:
+        _refuse(
+            where,
+            f"{newest} tokens from intact={row.intact} on are there, "
+            f"and should be all {row.seen - row.intact} up to seen={row.seen}",
+        )
+
+
+def _check_window(store: Store, index: int, request: int) -> None:
+    window, seen = store.window, store.rows[request].seen
+    if not window.size:
+        return
+    where = f"layer {store.layers[index]}, request {request}"
+    if not 0 <= window.at[request] < window.size:
+        _refuse(where, f"the next query goes to place {window.at[request]} of {window.size}")
+    one = slice(request, request + 1)
+    held = oldest_first(window.queries[index, one], window.positions[index, one], window.at[one])
+    positions = held[1][0].tolist()
+    present = [position for position in positions if position != -1]
+    expected = list(range(seen - len(present), seen))
+    if positions != [-1] * (window.size - len(present)) + expected:
+        _refuse(
+            where,
+            f"the window's queries have positions {positions}, oldest first; after seen={seen} tokens "
+            f"they should be absent, then {expected}",
+        )
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise IntegrityError(f"{where}: {what}")

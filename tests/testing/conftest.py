@@ -1,0 +1,3 @@
+from tests.testing import profiles
+
+profiles.load()
