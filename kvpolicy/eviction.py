@@ -61,7 +61,7 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
     step = max(1, logits.workspace // 2 // (heads * store.spec.capacity * _BYTES_PER_SLOT))
     for start in range(0, total, step):
         at = slice(start, min(start + step, total))
-        view = _rows_of(every, at)
+        view = _with_window(_rows_of(every, at), store, at)
         keep, state = store.policy.select(view, store.state_of(at))
         store.remember(at, state)
         if limit > 0:
@@ -71,7 +71,6 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
 
 def _whole_view(store: Store, budgets: Sequence[int], limit: int, logits: LogitSpec) -> View:
     layers, heads, device = len(store.layers), store.spec.num_heads, store.spec.device
-    queries, query_positions = oldest_first(store.window.queries, store.window.positions, store.window.at)
     lengths, settled = store.column("length"), store.column("settled")
     newest = max(row.length - row.settled for row in store.rows)
     fresh = settled[:, None] + torch.arange(newest, device=device)
@@ -88,12 +87,20 @@ def _whole_view(store: Store, budgets: Sequence[int], limit: int, logits: LogitS
         layer=torch.tensor(store.layers, device=device).repeat_interleave(len(store.rows)),
         max_budget=max(budgets),
         max_victims=limit,
-        queries=queries.flatten(0, 1) if store.plan.window else None,
-        query_positions=query_positions.flatten(0, 1) if store.plan.window else None,
         sink_logits=None if logits.sinks is None else logits.sinks.repeat_interleave(len(store.rows), 0),
         **_of_rows(store.rows, layers, device),
         **_of_model(store, logits),
     )
+
+
+def _with_window(view: View, store: Store, at: slice) -> View:
+    """Return a view of some rows with their queries, oldest first."""
+    if not store.plan.window:
+        return view
+    window = store.window
+    places = (window.at * len(store.layers))[at]
+    queries, positions = oldest_first(window.queries.flatten(0, 1)[at], window.positions.flatten(0, 1)[at], places)
+    return dataclasses.replace(view, queries=queries, query_positions=positions)
 
 
 def fill_from(

@@ -67,7 +67,7 @@ class _Reader:
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 return self.combine(node, self.read(left), "*", self.read(right))
             case ast.Name(id=name) if name in _callables():
-                self.refuse(node, f"write {name}() with brackets")
+                self.refuse(node, f"write {name}({', '.join(_required(name))}) with brackets")
             case ast.Name(id=name):
                 self.unknown(node, name)
             case _:
@@ -131,6 +131,12 @@ def _callables() -> dict[str, Callable[[], Callable[..., Any]]]:
     known.update({name: entry.load for name, entry in registry.policies().items()})
     known.update({name: entry.load for name, entry in registry.stages().items()})
     return known
+
+
+def _required(name: str) -> list[str]:
+    """Return the parameters that a call cannot do without."""
+    parameters = inspect.signature(_callables()[name]()).parameters.values()
+    return [one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
 
 
 def _short(text: str) -> str:

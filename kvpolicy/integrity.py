@@ -86,13 +86,8 @@ def _check_tensors(store: Store) -> None:
     for stage, held in enumerate(store.state):
         if held is not None:
             rows = lead[0] * lead[1]
-            expected += [
-                (f"state[{stage}].slots", t, (rows, *slots[2:], *t.shape[3:]), t.dtype)
-                for t in held.slots
-            ]
-            expected += [
-                (f"state[{stage}].rows", t, (rows, *t.shape[1:]), t.dtype) for t in held.rows
-            ]
+            expected += [(f"state[{stage}].slots", t, (rows, *slots[2:], *t.shape[3:]), t.dtype) for t in held.slots]
+            expected += [(f"state[{stage}].rows", t, (rows, *t.shape[1:]), t.dtype) for t in held.rows]
     for name, tensor, shape, dtype in expected:
         if tuple(tensor.shape) != shape:
             _refuse(name, f"shape {tuple(tensor.shape)}, and the store's sizes make it {shape}")

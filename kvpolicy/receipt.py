@@ -21,10 +21,11 @@ class Receipt:
         slots: slots in use, per KV head, of each request.
         capacity: slots allocated per KV head.
         evictions: of each request.
-        broken: guarded tokens that had to go, of each request, over all layers and heads: guards
-            protected more than the budget.
+        guards_broken: guarded tokens that had to go, of each request, over all layers and heads:
+            guards protected more than the budget.
         nbytes: bytes allocated for keys, values, positions, window and policy state of the
             layers that evict.
+        window_nbytes: those of them that hold the newest queries.
         other_nbytes: bytes that layers left alone (sliding, linear) hold now.
         layers: the layers that evict.
         skipped: the layers left alone, and why.
@@ -36,8 +37,9 @@ class Receipt:
     slots: tuple[int, ...]
     capacity: int
     evictions: tuple[int, ...]
-    broken: tuple[int, ...]
+    guards_broken: tuple[int, ...]
     nbytes: int
+    window_nbytes: int
     other_nbytes: int
     layers: tuple[int, ...]
     skipped: dict[int, str]
@@ -65,12 +67,14 @@ class Receipt:
             f"layers      {len(self.layers)} evict" + (f", {len(self.skipped)} left alone" if self.skipped else "")
         )
         lines.append(f"memory      {size(self.nbytes)} allocated, {self.capacity} slots per KV head, never grown")
+        if self.window_nbytes:
+            lines.append(f"            {size(self.window_nbytes)} of it for the newest queries, which the policy asks")
         if self.other_nbytes:
             lines.append(f"            {size(self.other_nbytes)} in the layers left alone")
         lines.append(f"{'request':>7}  {'tokens seen':>11}  {'slots in use':>12}  {'evictions':>9}")
         for r, row in enumerate(zip(self.seen, self.slots, self.evictions, strict=True)):
             lines.append(f"{r:>7}  {row[0]:>11,}  {row[1]:>12,}  {row[2]:>9,}")
-        for r, broken in enumerate(self.broken):
+        for r, broken in enumerate(self.guards_broken):
             if broken:
                 lines.append(
                     f"request {r}: {broken:,} guarded tokens had to go, since guards protected more than the budget"

@@ -77,6 +77,10 @@ class Stage:
         """
         return call_text(self, full=full)
 
+    def __rrshift__(self, other: NoReturn) -> NoReturn:
+        """Refuse: what stands before a stage is a stage, and not its class."""
+        _refuse(other, self, _why_not(other, self))
+
     def __repr__(self) -> str:
         """Return text that evaluates back to an equal stage, without what equals a default."""
         return self.text()
@@ -115,6 +119,8 @@ def _why_not(left: object, right: object) -> str:
         return f"a scorer begins a chain; write {describe(right)} >> {describe(left)}"
     if isinstance(right, int) and not isinstance(right, bool):
         return f"a chain ends with a selector; write >> TopK({right})"
+    if not isinstance(left, Stage):
+        return "only a stage can stand here: a scorer or a transform"
     return "only a stage can follow here: a transform or a selector"
 
 

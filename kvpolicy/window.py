@@ -39,6 +39,18 @@ class QueryWindow:
         """Return whether the next query goes to the same place in every request."""
         return all(at == self.at[0] for at in self.at)
 
+    def align(self, counts: Sequence[int]) -> None:
+        """Let the last of the first queries of each request come to the same place.
+
+        Requests whose next query goes to the same place are written together. Only while the
+        window is empty.
+
+        Args:
+            counts: first queries of each request.
+        """
+        if self.size:
+            self.at = [(max(counts) - count) % self.size for count in counts]
+
     def write(self, index: int, queries: Tensor, counts: Sequence[int]) -> None:
         """Write the newest queries of one layer; :meth:`advance` makes them count.
 
@@ -77,8 +89,9 @@ class QueryWindow:
 
     def advance(self, counts: Sequence[int], seen: Sequence[int]) -> None:
         """Make what was written count; the arguments are those of :meth:`after`."""
-        if self.size and self.uniform and set(counts) == {1} and len(set(seen)) == 1:  # the hot path
-            self.positions[:, :, self.at[0]] = seen[0]
+        if self.size and self.uniform and set(counts) == {1}:  # the hot path
+            new = seen[0] if len(set(seen)) == 1 else torch.tensor(list(seen), device=self.positions.device)
+            self.positions[:, :, self.at[0]] = new
             self.at = [(self.at[0] + 1) % self.size] * len(self.at)
             return
         positions, self.at = self.after(counts, seen)
@@ -107,6 +120,10 @@ class QueryWindow:
         self.queries.copy_(self.queries.index_select(1, requests))
         self.positions.copy_(self.positions.index_select(1, requests))
         self.at = [self.at[r] for r in requests.tolist()]
+
+    def nbytes(self) -> int:
+        """Return the bytes of queries and positions."""
+        return sum(t.numel() * t.element_size() for t in (self.queries, self.positions))
 
     def reset(self) -> None:
         """Forget every query."""

@@ -8,7 +8,9 @@ from kvpolicy import Constant, Policy, Prompt, Stochastic, TopK
 __all__ = ["random_eviction"]
 
 
-def random_eviction(budget: int, *, share: float = 0.5, seed: int = 0, redraw: bool = True) -> Policy:
+def random_eviction(
+    budget: int, *, share: float = 0.5, seed: int = 0, redraw: bool = True, interval: int = 64, recent: int = 64
+) -> Policy:
     """Return uniform random eviction: the prompt stays, all else is a matter of chance.
 
     Args:
@@ -17,10 +19,14 @@ def random_eviction(budget: int, *, share: float = 0.5, seed: int = 0, redraw: b
         seed: of the sample.
         redraw: draw afresh at every eviction; otherwise the kept tokens are one uniform sample of
             the whole history.
+        interval: decoded tokens between two evictions.
+        recent: the last tokens, which always stay.
 
     Source: https://arxiv.org/abs/2609.03430, which protects the whole prompt.
 
     >>> random_eviction(1024)
     Policy(Constant() >> Prompt() >> Stochastic() >> TopK(1024))
     """
-    return Policy(Constant() >> Prompt(share) >> Stochastic(1.0, seed, redraw) >> TopK(budget))
+    return Policy(
+        Constant() >> Prompt(share) >> Stochastic(1.0, seed, redraw) >> TopK(budget), interval=interval, recent=recent
+    )

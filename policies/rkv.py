@@ -8,7 +8,7 @@ from kvpolicy import Attention, Policy, Redundancy, TopK
 __all__ = ["rkv"]
 
 
-def rkv(budget: int, *, importance: float = 0.5, window: int = 64) -> Policy:
+def rkv(budget: int, *, importance: float = 0.5, window: int = 64, interval: int = 64, recent: int = 64) -> Policy:
     """Return R-KV: mix the attention a token receives with how little its key repeats others.
 
     The form that VaSE's authors ran, and a later replication found 7 to 9 points stronger on
@@ -19,10 +19,16 @@ def rkv(budget: int, *, importance: float = 0.5, window: int = 64) -> Policy:
         budget: slots kept per KV head.
         importance: weight of attention, ``lambda``; redundancy has the rest.
         window: queries asked.
+        interval: decoded tokens between two evictions.
+        recent: the last tokens, which always stay.
 
     Source: https://arxiv.org/abs/2505.24133, section 3; weights of arXiv 2606.03928 and 2609.03430.
 
     >>> rkv(1024)
     Policy((0.5 * Attention() + 0.5 * Redundancy()) >> TopK(1024))
     """
-    return Policy(importance * Attention(window) + (1 - importance) * Redundancy() >> TopK(budget))
+    return Policy(
+        importance * Attention(window) + (1 - importance) * Redundancy() >> TopK(budget),
+        interval=interval,
+        recent=recent,
+    )

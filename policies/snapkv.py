@@ -12,7 +12,8 @@ def snapkv(budget: int, *, window: int = 64, pool: int = 5, interval: int | None
     """Return SnapKV: keep what the last queries of the prompt attend to, and those queries' tokens.
 
     Compresses the prompt once and lets the cache grow afterwards; with an ``interval`` it goes on
-    while decoding.
+    while decoding. Pooling runs on into the last tokens, where the official code pools the older
+    ones alone.
 
     Args:
         budget: slots kept per KV head, ``max_capacity_prompt`` of the official code.

@@ -87,9 +87,12 @@ class EvictionCache(Cache):
             raise UnsupportedError(
                 f"{policy!r} leaves every layer of {type(model).__name__} alone: nothing would evict"
             )
-        layers: list[Any] = [EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)]
+        layers: list[Any] = [
+            EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)
+        ]
         super().__init__(layers=layers)
         self.columns = 0
+        self.last: Tensor | None = None
         self._step: Step | None = None
         self._failed = False
         self._decoder_binding = binding.bind(model)
@@ -126,6 +129,12 @@ class EvictionCache(Cache):
         """Return the tokens of each request, empty before the first forward pass."""
         store = self.groups[0].store
         return [] if store is None else [row.seen for row in store.rows]
+
+    @property
+    def evictions(self) -> list[int]:
+        """Return the evictions of each request, empty before the first forward pass."""
+        store = self.groups[0].store
+        return [] if store is None else [row.evictions for row in store.rows]
 
     def evicts(self, layer: int) -> bool:
         """Return whether a layer evicts."""
@@ -185,6 +194,7 @@ class EvictionCache(Cache):
         self._failed = True
         self._step.commit(self.policy)
         self.columns += self._step.width
+        self.last = self._step.last
         self._step, self._failed = None, False
 
     # What transformers calls between steps
@@ -195,7 +205,7 @@ class EvictionCache(Cache):
         for group in self.groups:
             if group.store is not None:
                 group.store.reset()
-        self.columns, self._step, self._failed = 0, None, False
+        self.columns, self.last, self._step, self._failed = 0, None, None, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by the one that ``beam_idx`` names."""
@@ -236,8 +246,9 @@ class EvictionCache(Cache):
             slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),
             capacity=max(store.spec.capacity for store in stores),
             evictions=tuple(row.evictions for row in rows),
-            broken=tuple(broken.tolist()),
+            guards_broken=tuple(broken.tolist()),
             nbytes=sum(store.nbytes() for store in stores),
+            window_nbytes=sum(store.window.nbytes() for store in stores),
             other_nbytes=sum(_held(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
             layers=tuple(sorted(self._group_of)),
             skipped=self.skipped,
@@ -276,7 +287,8 @@ def _checked(policy: EvictionPolicy) -> EvictionPolicy:
         raise BindError(f"{policy!r} is a text; write Policy.parse({policy!r})")
     if isinstance(policy, type) or not isinstance(policy, EvictionPolicy):
         raise BindError(
-            f"{policy!r} is not an EvictionPolicy: it needs needs, plan(model), init(spec, rows), select(view, state)"
+            f"{policy!r} is not an EvictionPolicy: write one with vase(1024) or Policy(...), or give your class the "
+            "attribute needs and the methods plan(model), init(spec, rows) and select(view, state)"
         )
     missing = policy.needs - _OFFERS
     if missing:

@@ -46,12 +46,14 @@ class Step:
         width: columns, pads among them.
         counts: new tokens of each row.
         decoding: one token a row, after the prompt.
+        last: the position that the model gives each row's newest token, if it is told.
     """
 
     cache: EvictionCache
     width: int
     counts: list[int]
     decoding: bool
+    last: Tensor | None = None
     _after: dict[int, list[Row]] = field(default_factory=dict)
     _visible: dict[int, Tensor | None] = field(default_factory=dict)
     _taken: set[int] = field(default_factory=set)
@@ -104,6 +106,8 @@ class Step:
         self._after[id(group)] = [
             row.advanced(count, decoding=self.decoding) for row, count in zip(store.rows, self.counts, strict=True)
         ]
+        if not self.cache.columns:
+            store.window.align(self.counts)
         if not self.decoding and store.longest:
             store.settle()
         lengths = store.column("length") + (1 if self.decoding else 0)
@@ -206,7 +210,29 @@ def open_step(cache: EvictionCache, arguments: dict[str, Any]) -> Step:
     started = cache.columns > 0
     seen = cache.seen or [0] * requests
     counts = _counts(arguments.get("attention_mask"), cache.columns, width, seen)
-    return Step(cache, width, counts, decoding=started and width == 1)
+    step = Step(cache, width, counts, decoding=started and width == 1, last=_last(arguments.get("position_ids"), requests))
+    if started and not step.decoding:
+        _check_continues(cache.last, step.last, counts)
+    return step
+
+
+def _last(positions: Any, requests: int) -> Tensor | None:
+    """Return the position that the model gives each row's newest token, where it is one number."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    return positions[:, -1].expand(requests)
+
+
+def _check_continues(before: Tensor | None, now: Tensor | None, counts: list[int]) -> None:
+    """Refuse a new prompt on a used cache: its positions begin again."""
+    if before is None or now is None:
+        return
+    for r, (old, new, count) in enumerate(zip(before.tolist(), now.tolist(), counts, strict=True)):
+        if new != old + count:
+            raise UsageError(
+                f"row {r} brings {count} tokens that end at position {new}, and the cache's last token is at {old}; "
+                "reset() the cache for a new prompt, or continue with the whole conversation"
+            )
 
 
 def _counts(mask: Any, columns: int, width: int, seen: list[int]) -> list[int]:

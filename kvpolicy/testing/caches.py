@@ -84,19 +84,13 @@ def _run(policy: EvictionPolicy, script: Script) -> Iterator[Kept]:
     for counts, decoding in script.steps():
         event = cache.step(Tokens.of(script, max(counts), random), counts, decoding)
         if event.asked:
-            yield tuple(
-                cache.kept(layer, request)
-                for layer in cache.layers
-                for request in range(script.requests)
-            )
+            yield tuple(cache.kept(layer, request) for layer in cache.layers for request in range(script.requests))
 
 
 def _same_as_ordered(policy: EvictionPolicy, script: Script) -> None:
     cache, random = StoreCache(policy, script), torch.Generator().manual_seed(script.generator)
     twins = [
-        OrderedCache(policy, cache, layer, request)
-        for layer in cache.layers
-        for request in range(script.requests)
+        OrderedCache(policy, cache, layer, request) for layer in cache.layers for request in range(script.requests)
     ]
     for number, (counts, decoding) in enumerate(script.steps()):
         tokens = Tokens.of(script, max(counts), random)
@@ -111,9 +105,7 @@ def _same_as_ordered(policy: EvictionPolicy, script: Script) -> None:
             return  # rounding decided between two tokens: from here on both answers are right
 
 
-def _same_row(
-    policy: EvictionPolicy, cache: StoreCache, twin: OrderedCache, case: Case, step: int
-) -> bool:
+def _same_row(policy: EvictionPolicy, cache: StoreCache, twin: OrderedCache, case: Case, step: int) -> bool:
     """Assert that a row of a store holds what its twin holds; return whether rounding had no say."""
     where = f"step {step}, layer {twin.layer}, request {twin.request}"
     found, expected = cache.kept(twin.layer, twin.request), case.kept[0]
@@ -122,8 +114,7 @@ def _same_row(
         for head, (one, two) in enumerate(zip(found, expected, strict=True)):
             wrong = (one ^ two) - unsure[head]
             assert not wrong, (
-                f"{where}, head {head}: the store holds positions {sorted(one)}, and should hold "
-                f"{sorted(two)}"
+                f"{where}, head {head}: the store holds positions {sorted(one)}, and should hold {sorted(two)}"
             )
         return False
     row = cache.layers.index(twin.layer) * cache.script.requests + twin.request

@@ -115,17 +115,11 @@ def perturbed(view: View, seed: int) -> View:
         return (x.to(torch.float64) * factor).to(x.dtype)
 
     queries = None if view.queries is None else change(view.queries)
-    return dataclasses.replace(
-        view, keys=change(view.keys), values=change(view.values), queries=queries
-    )
+    return dataclasses.replace(view, keys=change(view.keys), values=change(view.values), queries=queries)
 
 
-def _each(
-    state: State, of_slots: Callable[[Tensor], Tensor], of_rows: Callable[[Tensor], Tensor]
-) -> State:
+def _each(state: State, of_slots: Callable[[Tensor], Tensor], of_rows: Callable[[Tensor], Tensor]) -> State:
     return tuple(
-        None
-        if held is None
-        else StageState(tuple(map(of_slots, held.slots)), tuple(map(of_rows, held.rows)))
+        None if held is None else StageState(tuple(map(of_slots, held.slots)), tuple(map(of_rows, held.rows)))
         for held in state
     )

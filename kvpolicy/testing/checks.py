@@ -50,9 +50,7 @@ _ALL: tuple[Check, ...] = (
 CHECKS: Mapping[str, Check] = {one.__name__: one for one in _ALL}
 
 
-def check_policy(
-    policy: PolicyOrFactory, *, expected_failures: Mapping[str, str] | None = None
-) -> None:
+def check_policy(policy: PolicyOrFactory, *, expected_failures: Mapping[str, str] | None = None) -> None:
     """Run every check on a policy.
 
     Views have the budget, the recent tokens and the window of the policy's plan, so that a policy
@@ -81,9 +79,7 @@ def check_policy(
         raise AssertionError(f"{name} was expected to fail ({expected[name]}), and passes")
 
 
-def check_stage(
-    stage: Stage, *, budget: int = 12, recent: int = 3, interval: int | None = 4
-) -> None:
+def check_stage(stage: Stage, *, budget: int = 12, recent: int = 3, interval: int | None = 4) -> None:
     """Run every check on policies around a single stage.
 
     A scorer is followed by ``TopK``; a transform, which may treat weights and logits differently,

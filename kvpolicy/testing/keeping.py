@@ -183,10 +183,7 @@ def check_edges(policy: EvictionPolicy) -> None:
 
 
 def _edge(plan: LayerPlan, lengths: list[int], due: bool, spare: int, prompt: int) -> View:
-    rows = [
-        RowSpec(length=n, fresh=n, budget=plan.budget if due else None, prompt=min(n, prompt))
-        for n in lengths
-    ]
+    rows = [RowSpec(length=n, fresh=n, budget=plan.budget if due else None, prompt=min(n, prompt)) for n in lengths]
     spec = ViewSpec(tuple(rows), spare=spare, recent=plan.recent, window=plan.window, num_layers=3)
     return spec.view()
 

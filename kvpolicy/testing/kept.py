@@ -137,9 +137,7 @@ def assert_same(policy: EvictionPolicy, case: Case, other: Kept, change: str) ->
             )
 
 
-def unsure_positions(
-    policy: EvictionPolicy, case: Case, *, same_state: bool = False
-) -> list[list[set[int]]]:
+def unsure_positions(policy: EvictionPolicy, case: Case, *, same_state: bool = False) -> list[list[set[int]]]:
     """Return the positions of each row and head about which errors of rounding decide.
 
     Args:

@@ -40,13 +40,11 @@ def parametrize_with_checks(
     for name, policy in named.items():
         reasons = known(_reasons(expected_failures, policy))
         for check_name, check in CHECKS.items():
-            marks = [
-                pytest.mark.xfail(strict=True, raises=AssertionError, reason=reasons[check_name])
-            ] * (check_name in reasons)
-            short = check_name.removeprefix("check_")
-            arguments.append(
-                pytest.param(fresh(policy), check, id=f"{name}-{short}", marks=marks)
+            marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=reasons[check_name])] * (
+                check_name in reasons
             )
+            short = check_name.removeprefix("check_")
+            arguments.append(pytest.param(fresh(policy), check, id=f"{name}-{short}", marks=marks))
     return pytest.mark.parametrize(("policy", "check"), arguments)
 
 

@@ -195,9 +195,7 @@ def _form(state: State) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 def _same(one: State, two: State) -> bool:
     ones, twos = _tensors_of_state(one), _tensors_of_state(two)
-    return ones.keys() == twos.keys() and all(
-        torch.equal(_bits(t), _bits(twos[name])) for name, t in ones.items()
-    )
+    return ones.keys() == twos.keys() and all(torch.equal(_bits(t), _bits(twos[name])) for name, t in ones.items())
 
 
 def _fingerprint(thing: object, seen: frozenset[int] = frozenset()) -> object:
@@ -216,8 +214,6 @@ def _fingerprint(thing: object, seen: frozenset[int] = frozenset()) -> object:
     if isinstance(thing, set | frozenset):
         return tuple(sorted(repr(item) for item in thing))
     slots = {
-        name: getattr(thing, name, None)
-        for kind in type(thing).__mro__
-        for name in getattr(kind, "__slots__", ())
+        name: getattr(thing, name, None) for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())
     }
     return (type(thing).__name__, _fingerprint({**slots, **getattr(thing, "__dict__", {})}, seen))

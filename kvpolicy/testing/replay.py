@@ -110,10 +110,7 @@ class StoreCache:
     def step(self, tokens: Tokens, counts: tuple[int, ...], decoding: bool) -> Event:
         """Take one step's tokens into every layer, and evict where it is due."""
         store, budget = self.store, self.plan.budget
-        after = [
-            row.advanced(count, decoding=decoding)
-            for row, count in zip(store.rows, counts, strict=True)
-        ]
+        after = [row.advanced(count, decoding=decoding) for row, count in zip(store.rows, counts, strict=True)]
         over = tuple(row.length > budget for row in after)
         filling = not decoding and any(over)
         if filling:
@@ -240,8 +237,7 @@ class OrderedCache:
         self.keys, self.values = pick(self.keys), pick(self.values)
         self.positions = pick(self.positions)
         self.state = tuple(
-            None if held is None else StageState(tuple(map(pick, held.slots)), held.rows)
-            for held in state
+            None if held is None else StageState(tuple(map(pick, held.slots)), held.rows) for held in state
         )
 
 

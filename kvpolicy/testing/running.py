@@ -36,9 +36,7 @@ def check(function: Check) -> Check:
     return named
 
 
-def for_all(
-    examples: SearchStrategy[_T], test: Callable[[_T], None], *, name: str, share: float = 1.0
-) -> None:
+def for_all(examples: SearchStrategy[_T], test: Callable[[_T], None], *, name: str, share: float = 1.0) -> None:
     """Run a test on many examples and raise what the simplest failing one raises.
 
     How many, and whether they are the same each time, is said by hypothesis's current profile.

@@ -230,9 +230,7 @@ def scorers() -> SearchStrategy[Scorer]:
         over=st.sampled_from(("candidates", "all")),
         temperature=st.sampled_from((1.0, 0.5)),
     )
-    leverage = st.builds(
-        Leverage, rank=st.sampled_from((None, 2)), resample=st.booleans(), seed=seeds
-    )
+    leverage = st.builds(Leverage, rank=st.sampled_from((None, 2)), resample=st.booleans(), seed=seeds)
     alone: list[SearchStrategy[Scorer]] = [
         st.sampled_from((Recency(), Constant(), KeyNorm(), KeyDifference(), Redundancy(), LastQuery())),
         st.builds(ValueNorm, st.sampled_from(get_args(Norm))),
@@ -262,9 +260,7 @@ def transforms() -> SearchStrategy[Transform]:
         st.builds(Prompt, shares),
         st.builds(ValueGuard, shares, st.sampled_from(get_args(Norm)), st.integers(0, 3)),
         st.builds(Normalize, st.sampled_from(("sum", "max", "z"))),
-        st.builds(
-            Stochastic, st.sampled_from((1.0, 0.0, 0.3)), st.integers(0, 3), redraw=st.booleans()
-        ),
+        st.builds(Stochastic, st.sampled_from((1.0, 0.0, 0.3)), st.integers(0, 3), redraw=st.booleans()),
     ]
     return st.one_of(alone)
 
@@ -277,6 +273,4 @@ def policies(draw: DrawFn) -> Policy:
     scorer: Scorer = draw(scorers())
     for transform in draw(st.lists(transforms(), max_size=3)):
         scorer = scorer >> transform
-    return Policy(
-        scorer >> TopK(chosen), interval=draw(st.sampled_from((4, 1, 6, None))), recent=recent
-    )
+    return Policy(scorer >> TopK(chosen), interval=draw(st.sampled_from((4, 1, 6, None))), recent=recent)

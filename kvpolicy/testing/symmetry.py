@@ -59,8 +59,7 @@ def check_neighbours(policy: EvictionPolicy) -> None:
 
     def test(case: Case, spec: ViewSpec) -> None:
         alone = [
-            select(policy, *selected_rows(case.view, case.state, [row])).kept[0]
-            for row in range(case.view.shape[0])
+            select(policy, *selected_rows(case.view, case.state, [row])).kept[0] for row in range(case.view.shape[0])
         ]
         assert_same(policy, case, tuple(alone), "the absence of the other rows")
 
@@ -97,9 +96,7 @@ def check_head_shards(policy: EvictionPolicy) -> None:
         heads = case.view.shape[1]
         cut = spec.generator % heads
         ranks = [part for part in ((0, cut), (cut, heads)) if part[0] < part[1]]
-        answers = [
-            select(policy, *selected_heads(case.view, case.state, *part)).kept for part in ranks
-        ]
+        answers = [select(policy, *selected_heads(case.view, case.state, *part)).kept for part in ranks]
         joined = tuple(sum(rows, ()) for rows in zip(*answers, strict=True))
         assert_same(policy, case, joined, f"splitting {heads} heads before head {cut}")
 
@@ -132,6 +129,4 @@ def check_free_slots(policy: EvictionPolicy) -> None:
 
 def _for_cases(policy: EvictionPolicy, test: Callable[[Case, ViewSpec], None], name: str) -> None:
     """Run a test on a policy's answers to many views."""
-    for_all(
-        view_specs_for(policy), lambda spec: test(select(policy, spec.view()), spec), name=name
-    )
+    for_all(view_specs_for(policy), lambda spec: test(select(policy, spec.view()), spec), name=name)

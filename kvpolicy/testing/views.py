@@ -274,9 +274,7 @@ def _asked(rows: tuple[RowSpec, ...], window: int) -> Tensor:
     return positions
 
 
-def _fill(
-    spec: ViewSpec, shape: tuple[int, ...], random: torch.Generator, used: Tensor | None = None
-) -> Tensor:
+def _fill(spec: ViewSpec, shape: tuple[int, ...], random: torch.Generator, used: Tensor | None = None) -> Tensor:
     """Return the tensor of one kind of data, in the view's dtype."""
     x = torch.randn(shape, generator=random)
     if spec.data == "ties":

@@ -126,6 +126,8 @@ def test_stages_are_frozen_values(stage: Any) -> None:
         ),
         (lambda: ValueGuard() >> 256, r"write >> TopK\(256\)"),
         (lambda: ValueGuard() >> TopK, r"the class TopK \(write TopK\(\) with brackets\)"),
+        (lambda: ValueGuard >> TopK(9), r"the class ValueGuard \(write ValueGuard\(\) with brackets\)"),
+        (lambda: 5 >> TopK(9), r"5 of type int >> TopK\(9\): only a stage can stand here"),
         (lambda: ValueGuard() >> "x", r"'x' of type str: only a stage can follow"),
         (lambda: (Attention() >> TopK(9)) >> TopK(9), r"ends a chain"),
         (
@@ -214,6 +216,7 @@ def test_parameters_out_of_range(make: Any, message: str) -> None:
             r"no parameter 'shar' \(did you mean 'share'\?\): it has share, norm, sinks",
         ),
         ("ValueGuard >> TopK(9)", r"write ValueGuard\(\) with brackets"),
+        ("vase", r"write vase\(budget\) with brackets"),
         ("ValueGuard()", r"has no selector; write ValueGuard\(\) >> TopK\(budget\)"),
         ("Attention() >> KeyNorm() >> TopK(9)", "both are scorers"),
         ("TopK()", r"TopK\(budget.*missing a required argument: 'budget'"),

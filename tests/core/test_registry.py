@@ -50,7 +50,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_third_party_is_known_by_name(site: Path) -> None:
-    points = "[kvpolicy.stages]\nOldest = thirdparty:Oldest\n[kvpolicy.policies]\nkeep_oldest = thirdparty:keep_oldest\n"
+    points = (
+        "[kvpolicy.stages]\nOldest = thirdparty:Oldest\n[kvpolicy.policies]\nkeep_oldest = thirdparty:keep_oldest\n"
+    )
     package(site, "thirdparty", MODULE, points)
     policy = Policy.parse("keep_oldest(128)")
     assert repr(policy) == "Policy(Oldest() >> TopK(128))"

@@ -209,7 +209,7 @@ def test_guards_beyond_the_budget_are_counted_in_the_receipt() -> None:
     with EvictionCache(model, policy) as cache:
         model.generate(tokens(1, 60), max_new_tokens=20, do_sample=False, past_key_values=cache)
         receipt = cache.receipt()
-        assert receipt.broken[0] > 0
+        assert receipt.guards_broken[0] > 0
         assert "had to go" in str(receipt)
         assert (receipt.positions(0)[0, :, :8] == torch.arange(8)).all()  # the higher tier stays
 
@@ -448,3 +448,14 @@ def test_a_policy_that_fails_leaves_no_cache_that_seems_right() -> None:
             model(ids[:, :1], past_key_values=cache)
         cache.reset()
         model(ids[:, :20], past_key_values=cache)
+
+
+def test_a_new_prompt_on_a_used_cache_is_refused() -> None:
+    model = tiny("llama")
+    with EvictionCache(model, SMALL) as cache:
+        model.generate(tokens(2, 30), max_new_tokens=20, do_sample=False, past_key_values=cache)
+        with pytest.raises(UsageError, match=r"reset\(\) the cache for a new prompt"):
+            model.generate(tokens(2, 12), max_new_tokens=5, do_sample=False, past_key_values=cache)
+        cache.reset()
+        model.generate(tokens(2, 12), max_new_tokens=5, do_sample=False, past_key_values=cache)
+        assert cache.receipt().seen == (16, 16)

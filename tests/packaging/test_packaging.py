@@ -45,9 +45,7 @@ for group in ("kvpolicy.stages", "kvpolicy.policies"):
 def run(*command: str | Path, cwd: Path | None = None) -> str:
     """Run a command away from this checkout, without its settings; return what it prints."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "GIT_", "COV_"))}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd or "/", env=kept, capture_output=True, text=True
-    )
+    done = subprocess.run([str(part) for part in command], cwd=cwd or "/", env=kept, capture_output=True, text=True)
     if done.returncode:
         shown = " ".join(str(part) for part in command)
         pytest.fail(f"{shown}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -167,15 +165,12 @@ def in_wheel(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
-def test_wheel_holds_the_package_and_nothing_else(
-    repository: Path, built: tuple[Path, Path]
-) -> None:
+def test_wheel_holds_the_package_and_nothing_else(repository: Path, built: tuple[Path, Path]) -> None:
     tracked = run("git", "ls-files", "-z", cwd=repository).split("\0")
     expected = {
         name if name.startswith("kvpolicy/") else f"kvpolicy/{name}"
         for name in tracked
-        if name.startswith(tuple(f"{folder}/" for folder in FOLDERS))
-        and not (repository / name).is_symlink()
+        if name.startswith(tuple(f"{folder}/" for folder in FOLDERS)) and not (repository / name).is_symlink()
     }
     assert in_wheel(built[1]) == expected
     assert "kvpolicy/py.typed" in expected
@@ -191,9 +186,7 @@ def test_sdist_holds_what_a_reader_needs(built: tuple[Path, Path]) -> None:
     assert not any(name.startswith(("kvpolicy/policies", "kvpolicy/adapters")) for name in names)
 
 
-def test_same_wheel_from_every_tree(
-    repository: Path, linkless: Path, built: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_same_wheel_from_every_tree(repository: Path, linkless: Path, built: tuple[Path, Path], tmp_path: Path) -> None:
     for tree in (repository, linkless):
         out = tmp_path / tree.name
         build(tree, out, "--wheel")

@@ -45,9 +45,7 @@ class RowModel:
     def copy(self) -> RowModel:
         memory = {where: [dict(head) for head in heads] for where, heads in self.memory.items()}
         held = [set(head) for head in self.held]
-        return RowModel(
-            self.heads, [*self.keys], [*self.values], [*self.queries], held, memory, dict(self.rows)
-        )
+        return RowModel(self.heads, [*self.keys], [*self.values], [*self.queries], held, memory, dict(self.rows))
 
     def add(self, keys: Tensor, values: Tensor, queries: Tensor, window: int) -> None:
         """Take new tokens, `[heads, count, dim]`."""
@@ -145,10 +143,9 @@ class Recorder:
         return self.policy.init(spec, rows)
 
     def select(self, view: View, state: State) -> tuple[Keep, State]:
-        copied = View(**{
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in vars(view).items()
-        })
+        copied = View(
+            **{name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(view).items()}
+        )
         keep, after = self.policy.select(view, state)
         self.answers.append((copied, keep, after))
         return keep, after

@@ -33,9 +33,7 @@ from tests.store.model import CacheModel, Recorder
 POLICIES = (
     Policy(Recency() >> Sinks(1) >> TopK(6), interval=4, recent=2),
     Policy(KeyNorm() >> ValueGuard(sinks=1) >> Stochastic() >> TopK(7), interval=5, recent=3),
-    Policy(
-        AccumulatedAttention(3) + KeyNorm() >> Stochastic(0.5) >> TopK(6), interval=3, recent=2
-    ),
+    Policy(AccumulatedAttention(3) + KeyNorm() >> Stochastic(0.5) >> TopK(6), interval=3, recent=2),
     Policy(Attention(4, pool=3) >> ValueGuard() >> TopK(8), interval=None, recent=1),
 )
 DIM, VALUE_DIM = 4, 8
@@ -67,9 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.policy = Recorder(policy)
         plan = policy.plan(ModelSpec(num_layers=layers, max_new_tokens=5)).layers[0]
         assert plan is not None
-        spec = LayerSpec(
-            heads, 2 * heads, DIM, VALUE_DIM, plan.capacity, dtype, torch.device("cpu")
-        )
+        spec = LayerSpec(heads, 2 * heads, DIM, VALUE_DIM, plan.capacity, dtype, torch.device("cpu"))
         rows = [Row(request=r, seed=10 + r) for r in range(requests)]
         self.plan, self.store = plan, Store(self.policy, plan, spec, range(layers), rows)
         self.logits = LogitSpec(0.5, num_layers=layers, num_heads=heads, workspace=workspace)
@@ -93,9 +89,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), seed=KINDS)
     def long_turn(self, data: st.DataObject, seed: int) -> None:
         counts = [data.draw(st.integers(1, self.plan.budget + 6)) for _ in self.store.rows]
-        after = [
-            row.advanced(n, decoding=False) for row, n in zip(self.store.rows, counts, strict=True)
-        ]
+        after = [row.advanced(n, decoding=False) for row, n in zip(self.store.rows, counts, strict=True)]
         if all(row.length <= self.plan.budget for row in after):
             self._append(counts, seed, decoding=False)
             return
@@ -122,9 +116,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.observe(index, queries[index], counts)
             self._model_adds(index, keys, values, queries, counts)
         rows = self.store.rows
-        self.store.advance(
-            [row.advanced(n, decoding=decoding) for row, n in zip(rows, counts, strict=True)]
-        )
+        self.store.advance([row.advanced(n, decoding=decoding) for row, n in zip(rows, counts, strict=True)])
 
     def _tokens(self, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         spec, random = self.store.spec, torch.Generator().manual_seed(seed)
@@ -136,9 +128,7 @@ class StoreMachine(RuleBasedStateMachine):
         queries = made(spec.num_query_heads, DIM)
         return made(spec.num_heads, DIM), made(spec.num_heads, VALUE_DIM), queries
 
-    def _model_adds(
-        self, index: int, keys: Tensor, values: Tensor, queries: Tensor, counts: list[int]
-    ) -> None:
+    def _model_adds(self, index: int, keys: Tensor, values: Tensor, queries: Tensor, counts: list[int]) -> None:
         width = keys.shape[3]
         for r, (row, count) in enumerate(zip(self.model.rows[index], counts, strict=True)):
             new = slice(width - count, width)
