@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 COV    ?=
 
 DEMO_POLICY ?= ValueGuard() >> Stochastic(1.0) >> TopK(256)
-DEMO_PROMPT ?= Explain, step by step, why the sum of the first n odd numbers is n squared.
+DEMO_PROMPT ?= Write a long, detailed guide to growing tomatoes: soil, seeds, watering, pruning, pests, harvest and storage.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## generate with a policy and compare with the full cache
 	@echo "== demo: one prompt, with the whole cache and under a policy"
-	@$(BIN)/kvpolicy generate --policy "$(DEMO_POLICY)" --max-new-tokens 512 --compare "$(DEMO_PROMPT)"
+	@$(BIN)/kvpolicy generate --policy "$(DEMO_POLICY)" --max-new-tokens 700 --compare "$(DEMO_PROMPT)"
 
 test: $(READY) ## unit tests, then doctests (COV=1 adds coverage)
 	@echo "== test: tests/ on two workers, then the examples in the docstrings"

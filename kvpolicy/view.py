@@ -60,7 +60,9 @@ class View:
     """Show a policy a batch of rows; a row is one layer of one request.
 
     Nothing in it may be modified. Slots are unordered: everything that a slot's place cannot
-    tell is said. Keys and values of free slots may be anything, ``nan`` among them. ``B`` rows, ``H`` KV heads, ``Hq`` query heads, ``S`` slots, ``W`` queries.
+    tell is said. Keys and values of free slots may be anything, ``nan`` among them.
+
+    ``B`` rows, ``H`` KV heads, ``Hq`` query heads, ``S`` slots, ``F`` fresh slots, ``W`` queries.
 
     Attributes:
         keys: ``[B, H, S, D]`` in the cache's dtype, as the cache holds them (after RoPE).

@@ -210,7 +210,8 @@ def open_step(cache: EvictionCache, arguments: dict[str, Any]) -> Step:
     started = cache.columns > 0
     seen = cache.seen or [0] * requests
     counts = _counts(arguments.get("attention_mask"), cache.columns, width, seen)
-    step = Step(cache, width, counts, decoding=started and width == 1, last=_last(arguments.get("position_ids"), requests))
+    last = _last(arguments.get("position_ids"), requests)
+    step = Step(cache, width, counts, decoding=started and width == 1, last=last)
     if started and not step.decoding:
         _check_continues(cache.last, step.last, counts)
     return step

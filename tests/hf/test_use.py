@@ -459,3 +459,23 @@ def test_a_new_prompt_on_a_used_cache_is_refused() -> None:
         cache.reset()
         model.generate(tokens(2, 12), max_new_tokens=5, do_sample=False, past_key_values=cache)
         assert cache.receipt().seen == (16, 16)
+
+
+@pytest.mark.parametrize("name", zoo(24))
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_later_turns_may_be_padded_too(family: str, name: str) -> None:
+    model, policy = tiny(family, torch.float64), zoo(24)[name]
+    oracle, mask = Oracle(model, policy), torch.zeros(3, 0, dtype=torch.long)
+    with EvictionCache(model, policy) as cache:
+        for step, lengths in enumerate([[30, 22, 9], *[[1, 1, 1]] * 11, [5, 9, 2], *[[1, 1, 1]] * 20, [40, 3, 17]]):
+            width = max(lengths)
+            ids = tokens(3, width, step)
+            new = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+            mask = torch.cat([mask, new], 1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
+            expected = oracle.forward(ids, mask)
+            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            assert (out.logits[:, -1] - expected).abs().max() <= 1e-9, step
+            for layer in cache.receipt().layers:
+                assert torch.equal(cache.receipt().positions(layer), oracle.kept(layer))
+        assert cache.receipt().seen == (106, 65, 59)
