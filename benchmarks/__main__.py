@@ -1,4 +1,4 @@
-"""Run the benchmarks: ``python -m benchmarks [decode eviction layers memory flat] [--quick]``."""
+"""Run the benchmarks: ``python -m benchmarks [SECTION ...] [--quick]``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import decode, eviction, flat, layers, memory, models
+from benchmarks import compaction, decode, eviction, flat, layers, memory, models
 from benchmarks.report import Section, environment, show, write_json
 from benchmarks.stores import Shape
 
@@ -32,6 +32,12 @@ def _eviction(options: argparse.Namespace) -> Section:
     return eviction.run(LARGE, [1024, 4096, 16384, 32768], options.repeats or 9)
 
 
+def _compaction(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return compaction.run(LARGE, [1024, 4096], options.repeats or 5)
+    return compaction.run(LARGE, [1024, 4096, 16384, 32768], options.repeats or 15)
+
+
 def _layers(options: argparse.Namespace) -> Section:
     if options.quick:
         return layers.run({"4 × 3 × 64": (SMALL, 4)}, [256], options.repeats or 3)
@@ -41,8 +47,9 @@ def _layers(options: argparse.Namespace) -> Section:
 
 def _memory(options: argparse.Namespace) -> Section:
     if options.quick:
-        return memory.run([(SMALL, 8, 512)], [256, 16])
-    return memory.run([(SMALL, 30, 4096), (HALF, 32, 4096), (HALF, 2, 32768)], [256, 16])
+        return memory.run([(SMALL, 8, 500, [256, 16])])
+    cases = [(SMALL, 30, 4000, [256, 16]), (HALF, 32, 4000, [256, 16]), (HALF, 96, 300, [256, 16])]
+    return memory.run([*cases, (HALF, 2, 32000, [256, 64])])
 
 
 def _flat(options: argparse.Namespace) -> Section:
@@ -54,6 +61,7 @@ def _flat(options: argparse.Namespace) -> Section:
 SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {
     "decode": _decode,
     "eviction": _eviction,
+    "compaction": _compaction,
     "layers": _layers,
     "memory": _memory,
     "flat": _flat,
@@ -71,9 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.sections) - set(SECTIONS)):
         parser.error(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        _run(options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     console, found = Console(highlight=False), list[Section]()
+    if not console.is_terminal:
+        console.width = 130
     console.print("  ".join(f"{name} {value}" for name, value in environment().items()))
     for name in options.sections or SECTIONS:
         found.append(SECTIONS[name](options))

@@ -70,15 +70,13 @@ def run(model: Any, sizes: list[int], repeats: int) -> Section:
     return section
 
 
-def _measure(
-    contestants: dict[str, Contestant], ids: Tensor, repeats: int
-) -> dict[str, list[float]]:
+def _measure(contestants: dict[str, Contestant], ids: Tensor, repeats: int) -> dict[str, list[float]]:
     """Decode the same tokens with every cache, taking turns at every token."""
     seconds = {name: list[float]() for name in contestants}
     order = list(contestants.items())
     with torch.no_grad():
         for _ in range(repeats):
-            for token in ids.split(1, 1):
+            for token in torch.split(ids, 1, 1):
                 for _, contestant in order:
                     contestant.step(token)
                 order.append(order.pop(0))
@@ -94,8 +92,9 @@ def _contestants(model: Any, evicting: Any, size: int, *, quarter: bool) -> dict
     dynamic, static = DynamicCache(config=config), StaticCache(config, max_cache_len=size + INTERVAL)
     with all_cores():
         prefill(model, dynamic, ids)
-        for index, layer in enumerate(dynamic.layers):
-            static.update(layer.keys, layer.values, index)  # type: ignore[union-attr]
+        layers: list[Any] = dynamic.layers
+        for index, layer in enumerate(layers):
+            static.update(layer.keys, layer.values, index)
         found = {
             DYNAMIC: Contestant(model, dynamic, lambda: _rewind_dynamic(dynamic, size)),
             STATIC: Contestant(model, static, lambda: _rewind_static(static, size)),

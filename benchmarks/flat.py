@@ -46,18 +46,16 @@ def run(model: Any, budget: int, until: int, stride: int, measured: int) -> Sect
             prefill(evicting, old, ids[:, done:mark], budget if done == 0 else 64)
             young.reset()
             prefill(evicting, young, ids[:, :budget], budget)
-        steps = ids[:, mark : mark + measured].split(1, 1)
+        steps = torch.split(ids[:, mark : mark + measured], 1, 1)
         seconds = [[_step(evicting, cache, token) for cache in (old, young)] for token in steps]
         mine, theirs = zip(*seconds, strict=True)
         done = mark + measured
         compared = ratio(mine, theirs)
-        medians.append(statistics.median(mine))
         ratios.append(sum(mine) / sum(theirs))
         receipt = old.receipt()
-        section.rows.append(
-            [mark, receipt.slots[0], receipt.evictions[0], medians[-1] * 1e3]
-            + [statistics.median(theirs) * 1e3, compared]
-        )
+        typical, young_typical = statistics.median(mine) * 1e3, statistics.median(theirs) * 1e3
+        medians.append(typical)
+        section.rows.append([mark, receipt.slots[0], receipt.evictions[0], typical, young_typical, compared])
     section.targets = [
         Target("last mark / first mark", medians[-1] / medians[0], LIMIT),
         Target("old / young at the last mark, evictions included", ratios[-1], LIMIT),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,7 +26,7 @@ def peak_bytes(work: Callable[[], None]) -> int:
     assert found.profiler is not None
     results = found.profiler.kineto_results
     assert results is not None
-    events = [event for event in results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -32,28 +34,28 @@ def peak_bytes(work: Callable[[], None]) -> int:
     return peak
 
 
-def run(cases: list[tuple[Shape, int, int]], workspaces: list[int]) -> Section:
+def run(cases: list[tuple[Shape, int, int, list[int]]]) -> Section:
     """Evict all layers within each workspace.
 
     Args:
-        cases: the shape of a layer, how many there are, and the budget.
-        workspaces: limits, in MiB.
+        cases: the shape of a layer, how many there are, the budget, and the workspaces in MiB. One
+            layer's slots, at 96 bytes each, must fit into half of a workspace. A budget that the
+            window does not divide leaves the ring of queries where it must be turned.
     """
     section = Section(
         "memory",
         "peak of the CPU allocator during one vase eviction of all layers",
         ["layers", "budget", "slots MiB", "workspace MiB", "peak MiB", "peak / workspace"],
     )
-    for shape, layers, budget in cases:
+    for shape, layers, budget, workspaces in cases:
         store = filled(vase(budget), shape, range(layers))
         name = f"{layers} × {shape.heads} × {shape.dim} {str(shape.dtype).removeprefix('torch.')}"
         for workspace in workspaces:
             grow(store)
-            limit = logits_of(store, workspace * 2**20)
-            peak = peak_bytes(lambda limit=limit: evict(store, [True], limit)) / 2**20
-            share = peak / workspace
-            held = store.nbytes() / 2**20
-            section.rows.append([name, budget, held, workspace, peak, share])
+            peak = peak_bytes(partial(evict, store, [True], logits_of(store, workspace * 2**20)))
+            peak_mib, held = peak / 2**20, store.nbytes() / 2**20
+            share = peak_mib / workspace
+            section.rows.append([name, budget, held, workspace, peak_mib, share])
             what = f"{name}, budget {budget}, peak / workspace of {workspace} MiB"
             section.targets.append(Target(what, share, 1.0))
     return section

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,13 @@ def tokens(model: Any, count: int) -> Tensor:
 def prefill(model: Any, cache: Any, ids: Tensor, chunk: int = 1024) -> None:
     """Run tokens through a model in chunks."""
     with torch.no_grad():
-        for part in ids.split(chunk, 1):
+        for part in torch.split(ids, chunk, 1):
             model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 @contextmanager
-def all_cores() -> Iterator[None]:
+def all_cores() -> Generator[None]:
     """Use every core for what is not measured."""
-    import os
-
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     try:

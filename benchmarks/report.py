@@ -84,9 +84,7 @@ def show(section: Section, console: Console) -> None:
     console.print(table)
     for target in section.targets:
         verdict = "[green]holds[/]" if target.holds else "[red]missed[/]"
-        console.print(
-            f"  {verdict}  {target.what}: {_text(target.value)}, at most {_text(target.at_most)}"
-        )
+        console.print(f"  {verdict}  {target.what}: {_text(target.value)}, at most {_text(target.at_most)}")
     console.print()
 
 

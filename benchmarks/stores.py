@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpolicy import Policy
 from kvpolicy.eviction import LogitSpec
 from kvpolicy.policy import EvictionPolicy, ModelSpec
 from kvpolicy.store import Row, Store
@@ -25,17 +24,13 @@ class Shape:
     dtype: torch.dtype = torch.float32
 
 
-def filled(
-    policy: EvictionPolicy, shape: Shape, layers: range, kind: type[Store] = Store
-) -> Store:
+def filled(policy: EvictionPolicy, shape: Shape, layers: range, kind: type[Store] = Store) -> Store:
     """Return a store of one request that holds its budget; :func:`grow` makes an eviction due."""
     plan = policy.plan(ModelSpec(len(layers))).layers[0]
     assert plan is not None
     heads = shape.heads * shape.group
     device = torch.device("cpu")
-    spec = LayerSpec(
-        shape.heads, heads, shape.dim, shape.dim, plan.capacity, shape.dtype, device
-    )
+    spec = LayerSpec(shape.heads, heads, shape.dim, shape.dim, plan.capacity, shape.dtype, device)
     store = kind(policy, plan, spec, layers, [Row()])
     _add(store, plan.budget, decoding=False)
     return store

@@ -27,9 +27,7 @@ class Ratio:
     high: float
 
 
-def take_turns(
-    contestants: Mapping[str, Callable[[], float]], repeats: int
-) -> dict[str, list[float]]:
+def take_turns(contestants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Run every contestant once a round, a different one first each time.
 
     Args:

@@ -102,7 +102,7 @@ def _words(lines: Tensor) -> Tensor:
     return lines
 
 
-def reorder_after(order: Tensor, mask: Tensor, source: Tensor, target: Tensor, kept: Tensor) -> Tensor:
+def reorder_after(order: Tensor, mask: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """Return the slots in position order, after survivors have moved.
 
     Args:
@@ -110,7 +110,6 @@ def reorder_after(order: Tensor, mask: Tensor, source: Tensor, target: Tensor, k
         mask: ``[B, H, S]`` bool, the survivors before they moved.
         source: what :func:`moves` returned.
         target: what :func:`moves` returned.
-        kept: ``[B, H]`` survivors.
 
     Returns:
         ``[B, H, S]``, in the dtype of ``order``; free slots stand last, in their own order.

@@ -55,10 +55,10 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
     """
     store.settle()
     budgets = [store.plan.budget if is_due else row.length for row, is_due in zip(store.rows, due, strict=True)]
-    limit = max(row.length - budget for row, budget in zip(store.rows, budgets, strict=True))
-    total, heads = len(store.layers) * len(store.rows), store.spec.num_heads
+    limit = max(0, *(row.length - budget for row, budget in zip(store.rows, budgets, strict=True)))
+    total = len(store.layers) * len(store.rows)
     every = _whole_view(store, budgets, limit, logits)
-    step = max(1, logits.workspace // 2 // (heads * store.spec.capacity * _BYTES_PER_SLOT))
+    step = max(1, logits.workspace // 2 // _bytes_per_row(store))
     for start in range(0, total, step):
         at = slice(start, min(start + step, total))
         view = _with_window(_rows_of(every, at), store, at)
@@ -67,6 +67,14 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
         if limit > 0:
             store.compact(at, keep, view.lengths, torch.minimum(view.budget, view.lengths), limit)
     store.rows = [row.evicted(budget, store.plan.recent) for row, budget in zip(store.rows, budgets, strict=True)]
+
+
+def _bytes_per_row(store: Store) -> int:
+    """Return what the temporaries of one row take: of its slots, its window, and its fresh tokens."""
+    spec, fresh = store.spec, max(row.length - row.settled for row in store.rows)
+    queries = spec.num_query_heads * store.plan.window * spec.head_dim
+    tokens = spec.num_heads * fresh * (spec.head_dim + spec.value_dim)
+    return spec.num_heads * spec.capacity * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
 
 
 def _whole_view(store: Store, budgets: Sequence[int], limit: int, logits: LogitSpec) -> View:

@@ -17,8 +17,8 @@ _CPU_BLOCK = 4 * 2**20  #: bytes of logits that a core's caches like; measured, 
 
 
 def blocks(view: View, bytes_per_head: int) -> Iterator[slice]:
-    """Yield slices of the ``B * H`` (row, head) pairs, two temporaries of which fit into half the workspace."""
-    limit = view.workspace // 4
+    """Yield slices of the ``B * H`` (row, head) pairs, four temporaries of which fit into half the workspace."""
+    limit = view.workspace // 8
     if view.keys.device.type == "cpu":
         limit = min(limit, _CPU_BLOCK)
     b, h, _ = view.shape
@@ -63,15 +63,18 @@ def received(
     keys, positions = view.keys.flatten(0, 1), view.positions.flatten(0, 1)[:, None]
     asked = queries.reshape(b * h, group, window, dim)
     asked_at = query_positions.repeat_interleave(h, 0)[..., None]
+    inside = chosen.flatten(0, 1)[..., None]
     bias = torch.where(chosen, 0.0, _MASKED).to(dtype).flatten(0, 1)[:, None]
     weights = weight.to(dtype).repeat_interleave(h, 0)[:, None]
     sinks = None if view.sink_logits is None else view.sink_logits.reshape(b * h, group, 1, 1).to(dtype) / temperature
     out = torch.zeros(b * h, 1, s, dtype=dtype, device=keys.device)
     bytes_per_query = group * s * torch.finfo(dtype).bits // 8
-    several = max(1, min(window, view.workspace // 4 // bytes_per_query))
+    several = max(1, min(window, view.workspace // 8 // bytes_per_query))
     scratch = out.new_empty(0, 0)
     for at in blocks(view, several * bytes_per_query):
-        held, received_here = keys[at].to(dtype).transpose(1, 2), out[at]
+        # Whatever else the slots hold is not read: nan plus a bias would still be nan.
+        held = keys[at].to(dtype).masked_fill(~inside[at], 0).transpose(1, 2)
+        received_here = out[at]
         for some in (slice(first, first + several) for first in range(0, window, several)):
             now = asked[at, :, some].flatten(1, 2).to(dtype)
             n, lines = now.shape[:2]
@@ -80,12 +83,12 @@ def received(
             logits, probabilities = (memory[: n * lines * s].view(n, lines, s) for memory in scratch)
             by_query = (n, group, lines // group, s)
             _logits(view, now, held, bias[at], temperature, logits)
-            if causal:
-                future = (positions[at] > asked_at[at, some])[:, None]
+            future = (positions[at] > asked_at[at, some])[:, None] if causal else None
+            if future is not None:
                 logits.view(by_query).masked_fill_(future, _MASKED)
             further = None if sinks is None else sinks[at].expand(-1, -1, lines // group, -1).flatten(1, 2)
             _softmax(logits, further, probabilities)
-            if causal:  # a query older than every slot pays nothing
+            if future is not None:  # a query older than every slot pays nothing
                 probabilities.view(by_query).masked_fill_(future, 0)
             weighs = weights[at, :, some].repeat(1, 1, group)
             if reduce == "max":

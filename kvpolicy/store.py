@@ -260,10 +260,12 @@ class Store:
 
         Modifies ``positions``; ``order`` holds already, since such slots are in position order.
         """
-        slots = torch.arange(self.spec.capacity, device=self.spec.device)
+        first = min(row.settled for row in self.rows)
+        slots = torch.arange(first, self.longest, device=self.spec.device)
         length, settled, seen = (self.column(name)[:, None, None] for name in ("length", "settled", "seen"))
         new = (slots >= settled) & (slots < length)
-        self.positions.copy_(torch.where(new, (slots + seen - length).to(torch.int32), self.positions))
+        behind = self.positions[..., first : self.longest]
+        behind.copy_(torch.where(new, (slots + seen - length).to(torch.int32), behind))
 
     def compact(self, at: slice, keep: Keep, lengths: Tensor, kept: Tensor, limit: int) -> None:
         """Drop what ``keep`` does not name: survivors of the tail move into the holes.
@@ -280,14 +282,15 @@ class Store:
         """
         positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
-        order.copy_(reorder_after(order, keep.mask, source, target, kept))
+        order.copy_(reorder_after(order, keep.mask, source, target))
         moving = [self.keys.flatten(0, 1)[at], self.values.flatten(0, 1)[at], positions]
         held = [t[at] for stage in self.state if stage is not None for t in stage.slots]
         move_([*moving, *held], source, target)
-        free = torch.arange(self.spec.capacity, device=positions.device) >= kept[..., None]
-        positions.masked_fill_(free, -1)
+        first, last = max(0, min(row.length for row in self.rows) - limit), self.longest
+        free = torch.arange(first, last, device=positions.device) >= kept[..., None]
+        positions[..., first:last].masked_fill_(free, -1)
         for tensor in held:  # the next token of a slot begins with nothing
-            tensor.masked_fill_(free.view(*free.shape, *[1] * (tensor.dim() - 3)), 0)
+            tensor[:, :, first:last].masked_fill_(free.view(*free.shape, *[1] * (tensor.dim() - 3)), 0)
         self.broken[at] += keep.broken
 
     def remember(self, at: slice, state: State) -> None:
@@ -332,6 +335,8 @@ class Store:
             row.seen -= count
             row.length, row.settled = length, min(row.settled, length)
             row.decoded, row.prompt = max(0, row.decoded - count), min(row.prompt, row.seen)
+        # settle() may have written positions of tokens that the policy has not seen: they go, too.
+        self.positions.masked_fill_(self.positions >= self.column("seen")[:, None, None], -1)
         self.window.crop(counts, [row.seen for row in self.rows])
         self._ends = None
 

@@ -15,7 +15,7 @@ from kvpolicy.testing.kept import Case, Kept, unsure_positions
 from kvpolicy.testing.replay import OrderedCache, Script, StoreCache, Tokens
 from kvpolicy.testing.running import check, for_all
 
-__all__ = ["check_caches_apart", "check_store"]
+__all__ = ["check_caches_apart", "check_store", "same_as_ordered", "scripts"]
 
 _SHARE = 0.3  #: of the examples: each is a whole conversation
 
@@ -30,7 +30,7 @@ def check_store(policy: EvictionPolicy) -> None:
         return
 
     def test(script: Script) -> None:
-        _same_as_ordered(policy, script)
+        same_as_ordered(policy, script)
 
     for_all(scripts(policy), test, name="check_store", share=_SHARE)
 
@@ -87,7 +87,8 @@ def _run(policy: EvictionPolicy, script: Script) -> Iterator[Kept]:
             yield tuple(cache.kept(layer, request) for layer in cache.layers for request in range(script.requests))
 
 
-def _same_as_ordered(policy: EvictionPolicy, script: Script) -> None:
+def same_as_ordered(policy: EvictionPolicy, script: Script) -> None:
+    """Assert that a store holds what a cache in position order holds, after each eviction."""
     cache, random = StoreCache(policy, script), torch.Generator().manual_seed(script.generator)
     twins = [
         OrderedCache(policy, cache, layer, request) for layer in cache.layers for request in range(script.requests)

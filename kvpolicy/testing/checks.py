@@ -27,7 +27,6 @@ _ALL: tuple[Check, ...] = (
     keeping.check_recent,
     keeping.check_guards,
     keeping.check_edges,
-    keeping.check_not_finite,
     purity.check_deterministic,
     purity.check_global_random_state,
     purity.check_nothing_modified,
@@ -42,6 +41,7 @@ _ALL: tuple[Check, ...] = (
     symmetry.check_head_shards,
     symmetry.check_capacity,
     symmetry.check_free_slots,
+    keeping.check_not_finite,
     caches.check_store,
     caches.check_caches_apart,
 )

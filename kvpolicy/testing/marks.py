@@ -40,12 +40,15 @@ def parametrize_with_checks(
     for name, policy in named.items():
         reasons = known(_reasons(expected_failures, policy))
         for check_name, check in CHECKS.items():
-            marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=reasons[check_name])] * (
-                check_name in reasons
-            )
+            reason = reasons.get(check_name)
+            marks = [] if reason is None else [_must_fail(reason)]
             short = check_name.removeprefix("check_")
             arguments.append(pytest.param(fresh(policy), check, id=f"{name}-{short}", marks=marks))
     return pytest.mark.parametrize(("policy", "check"), arguments)
+
+
+def _must_fail(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
 
 
 def _reasons(expected: Expected | None, policy: PolicyOrFactory) -> Mapping[str, str]:

@@ -39,7 +39,8 @@ def check(function: Check) -> Check:
 def for_all(examples: SearchStrategy[_T], test: Callable[[_T], None], *, name: str, share: float = 1.0) -> None:
     """Run a test on many examples and raise what the simplest failing one raises.
 
-    How many, and whether they are the same each time, is said by hypothesis's current profile.
+    How many, whether they are the same each time, and whether failures are simplified, is said by
+    hypothesis's current profile.
 
     Args:
         examples: what to draw.
@@ -59,7 +60,7 @@ def for_all(examples: SearchStrategy[_T], test: Callable[[_T], None], *, name: s
         max_examples=max(1, round(share * settings.default.max_examples)),
         deadline=None,
         report_multiple_bugs=False,
-        phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+        phases=[phase for phase in settings.default.phases if phase != Phase.explain],
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )(given(example=examples)(run))

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FINITE: tuple[Data, ...] = ("normal", "ties", "wide", "equal", "zero")
+FINITE: tuple[Data, ...] = ("normal", "ties", "wide", "normal", "ties", "wide", "equal", "zero")
 NOT_FINITE: tuple[Data, ...] = ("infinite", "nan", "huge")
 _NAMES = (0, 1, 7, 2**40 + 3)  #: requests and seeds
 
@@ -89,11 +89,11 @@ def view_specs(
     b = draw(st.integers(1, 12)) if budget is None else budget
     r = draw(st.integers(1, 4)) if recent is None else recent
     w = draw(st.sampled_from((0, 1, 3, 6))) if window is None else window
-    edges = tuple(n for n in (0, 1, r, b, b + 1) if n <= max_length)
-    lengths = st.one_of(st.integers(min(b, max_length), max_length), st.sampled_from(edges))
-    count = draw(st.integers(1, max_rows))
-    rows = [draw(_rows(draw(lengths), b, r, w, layers, due)) for _ in range(count)]
+    edges = st.sampled_from([n for n in (0, 1, r, b, b + 1) if n <= max_length])
+    over = st.integers(min(b + 1, max_length), max_length)
     pick = _Picker(draw)
+    lengths = [draw(edges if pick(4) == 3 else over) for _ in range(1 + pick(max_rows))]
+    rows = [draw(_rows(length, b, r, w, layers, due)) for length in lengths]
     heads, offset = 1 + pick(3), 2 * pick(2)
     return ViewSpec(
         rows=tuple(rows),
@@ -111,7 +111,7 @@ def view_specs(
         data=data[pick(len(data))],
         softcap=(None, 5.0)[pick(2)],
         sinks=bool(pick(2)),
-        shuffle=bool(pick(2)),
+        shuffle=bool(pick(4)),
         generator=draw(st.integers(0, 2**32 - 1)),
     )
 
@@ -154,7 +154,9 @@ class _Picker:
     def __call__(self, count: int) -> int:
         """Return one of ``count`` choices, the first one where the number has shrunk to 0."""
         if self.room < count:
-            self.left, self.room = self.draw(st.integers(0, 2**24 - 1)), 2**24
+            # Small numbers are drawn more often than others: spread them over all choices.
+            number = self.draw(st.integers(0, 2**24 - 1))
+            self.left, self.room = number * 0x9E3779B1 % 2**24, 2**24
         self.left, chosen = divmod(self.left, count)
         self.room //= count
         return chosen

@@ -213,8 +213,8 @@ def history(view: View) -> View:
 def with_state(policy: EvictionPolicy, view: View) -> State:
     """Return the state that a store holds when it shows ``view``: of every slot but the fresh ones.
 
-    The policy has seen the older slots before, when no row was due; fresh slots have what
-    ``policy.init`` gives them.
+    The policy has seen the older slots before, when no row was due, and those queries of the
+    window that were there then; fresh slots have what ``policy.init`` gives them.
     """
     empty = policy.init(layer_spec(view), view.shape[0])
     before = history(view)

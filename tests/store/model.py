@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kvpolicy.integrity import settled_positions
 from kvpolicy.policy import EvictionPolicy, ModelSpec, Plan
 from kvpolicy.scores import Keep
 from kvpolicy.store import Store
-from kvpolicy.view import LayerSpec, State, View
+from kvpolicy.view import LayerSpec, StageState, State, View
 
 #: (stage, tensor) -> head -> position -> what the policy remembers
 Memory = dict[tuple[int, int], list[dict[int, float]]]
@@ -143,12 +144,18 @@ class Recorder:
         return self.policy.init(spec, rows)
 
     def select(self, view: View, state: State) -> tuple[Keep, State]:
-        copied = View(
-            **{name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(view).items()}
-        )
+        asked = {name: _copied(value) for name, value in vars(view).items()}
         keep, after = self.policy.select(view, state)
-        self.answers.append((copied, keep, after))
+        held = tuple(
+            None if one is None else StageState(tuple(map(_copied, one.slots)), tuple(map(_copied, one.rows)))
+            for one in after
+        )
+        self.answers.append((View(**asked), keep, held))
         return keep, after
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class CacheModel:

@@ -2,12 +2,13 @@
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 settings.register_profile("fast", max_examples=10, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=10_000, deadline=None, suppress_health_check=_QUIET)
+settings.register_profile("unshrunk", settings.get_profile("fast"), max_examples=40, phases=[Phase.generate])
 
 
 def load() -> None:

@@ -1,0 +1,89 @@
+"""Every published method, and policies from every corner of the algebra, under every check."""
+
+from kvpolicy import (
+    AccumulatedAttention,
+    Attention,
+    Constant,
+    EvictionPolicy,
+    KeyDifference,
+    KeyNorm,
+    LastQuery,
+    Leverage,
+    Normalize,
+    Policy,
+    Prompt,
+    Recency,
+    Redundancy,
+    Sinks,
+    Stochastic,
+    TopK,
+    ValueGuard,
+    ValueNorm,
+    maximum,
+    policies,
+)
+from kvpolicy.testing import parametrize_with_checks
+from kvpolicy.testing.checks import Check
+
+BUDGET, RECENT, INTERVAL = 11, 3, 4
+
+
+def small(policy: Policy) -> Policy:
+    """The same chain, made for views of some twenty slots."""
+    interval = None if policy.interval is None else INTERVAL
+    return Policy(policy.chain, interval=interval, recent=RECENT)
+
+
+ZOO = {
+    "h2o": small(policies.h2o(BUDGET)),
+    "keydiff": small(policies.keydiff(BUDGET)),
+    "knorm": small(policies.knorm(BUDGET)),
+    "random_eviction": small(policies.random_eviction(BUDGET)),
+    "reservoir": small(policies.random_eviction(BUDGET, redraw=False)),
+    "rkv": small(policies.rkv(BUDGET, window=6)),
+    "snapkv": small(policies.snapkv(BUDGET, window=4)),
+    "streaming_llm": small(policies.streaming_llm(BUDGET)),
+    "tova": small(policies.tova(BUDGET)),
+    "vase": small(policies.vase(BUDGET)),
+    "vase_dkv": small(policies.vase_dkv(BUDGET)),
+}
+
+COMPOSED = {
+    "all guards": Policy(
+        Recency() >> Prompt(0.5) >> Sinks(2) >> ValueGuard(0.5, "l2") >> TopK(8), interval=1, recent=2
+    ),
+    "sum of normalised": Policy(
+        (Attention(3, over="all", reduce="max") >> Normalize("max")) + (KeyNorm() >> Normalize("z"))
+        >> Stochastic(0.3, seed=5)
+        >> TopK(BUDGET),
+        interval=INTERVAL,
+        recent=1,
+    ),
+    "maximum": Policy(
+        maximum(0.5 * ValueNorm("var"), AccumulatedAttention(3) >> Normalize("sum"))
+        >> Stochastic()
+        >> TopK(6),
+        interval=3,
+        recent=2,
+    ),
+    "guard inside a sum": Policy(
+        (LastQuery() >> Sinks(1)) + -1.0 * KeyDifference() >> TopK(7), interval=INTERVAL, recent=RECENT
+    ),
+    "leverage of one matrix": Policy(
+        Leverage(None) + Leverage(3, resample=False, seed=2) >> TopK(5), interval=2, recent=1
+    ),
+    "two samplers": Policy(
+        Constant() >> Stochastic(seed=1) >> Stochastic(2.0, seed=2, redraw=False) >> TopK(4), recent=1
+    ),
+    "redundancy at the end of a turn": Policy(Redundancy() >> TopK(9), interval=None, recent=4),
+    "published sizes": policies.vase(88),
+}
+
+
+@parametrize_with_checks({**ZOO, **COMPOSED})
+def test_every_invariant(policy: EvictionPolicy, check: Check) -> None:
+    check(policy)
+
+
+def test_no_method_is_left_out() -> None:
+    assert ZOO.keys() - {"reservoir"} == set(policies.__all__)
