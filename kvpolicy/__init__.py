@@ -38,7 +38,8 @@ from kvpolicy.scorers import (
 )
 from kvpolicy.scores import Keep, Scores, Tier, select_top
 from kvpolicy.selectors import TopK
-from kvpolicy.stage import Chain, Scorer, Selector, Stage, TokenNumber, Transform, maximum
+from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, maximum
+from kvpolicy.token_number import TokenNumber
 from kvpolicy.transforms import Normalize, Stochastic
 from kvpolicy.view import LayerSpec, StageState, State, View
 

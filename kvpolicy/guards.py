@@ -12,7 +12,8 @@ from torch import Tensor
 from kvpolicy import _check
 from kvpolicy.scorers.tokens import Norm, magnitude
 from kvpolicy.scores import Scores, Tier, mask_of, order_key, top
-from kvpolicy.stage import TokenNumber, Transform
+from kvpolicy.stage import Transform
+from kvpolicy.token_number import TokenNumber
 from kvpolicy.view import StageState, View
 
 __all__ = ["Prompt", "Sinks", "ValueGuard"]

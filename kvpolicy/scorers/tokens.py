@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvpolicy import _check
 from kvpolicy.scores import Scores
-from kvpolicy.stage import Scorer, TokenNumber
+from kvpolicy.stage import Scorer
+from kvpolicy.token_number import TokenNumber
 from kvpolicy.view import StageState, View
 
 __all__ = ["Constant", "KeyNorm", "Norm", "Recency", "ValueNorm", "magnitude"]

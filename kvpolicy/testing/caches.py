@@ -128,10 +128,10 @@ def _same_row(policy: EvictionPolicy, cache: StoreCache, twin: OrderedCache, cas
             *((t[row].gather(-1, order), u[0]) for t, u in zip(held.slots, mirrored.slots, strict=True)),
             *((t[row], u[0]) for t, u in zip(held.rows, mirrored.rows, strict=True)),
         ]
-        for one, two in pairs:
-            same = torch.allclose(one.double(), two.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+        for found_state, known in pairs:
+            same = torch.allclose(found_state.double(), known.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
             assert same, (
-                f"{where}: what stage {index} remembers did not follow its tokens: {one.tolist()}, "
-                f"and in position order it should be {two.tolist()}"
+                f"{where}: what stage {index} remembers did not follow its tokens: {found_state.tolist()}, "
+                f"and in position order it should be {known.tolist()}"
             )
     return True

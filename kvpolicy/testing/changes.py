@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,10 @@ def permuted_slots(view: View, state: State, seed: int) -> tuple[View, State]:
 
     fresh = place.gather(-1, view.fresh.clamp(min=0))
     order = place.gather(-1, view.order.to(torch.int64)).to(view.order.dtype)
+    changes: dict[str, Any] = {name: move(getattr(view, name)) for name in _OF_SLOTS}
     moved = dataclasses.replace(
         view,
-        **{name: move(getattr(view, name)) for name in _OF_SLOTS},
+        **changes,
         order=order,
         fresh=torch.where(view.fresh >= 0, fresh, -1),
     )
@@ -41,14 +43,9 @@ def permuted_slots(view: View, state: State, seed: int) -> tuple[View, State]:
 def selected_rows(view: View, state: State, rows: Sequence[int]) -> tuple[View, State]:
     """Return some rows, in the order named."""
     at = torch.tensor(list(rows))
-    picked = dataclasses.replace(
-        view,
-        **{
-            field.name: value[at]
-            for field in dataclasses.fields(view)
-            if isinstance(value := getattr(view, field.name), Tensor)
-        },
-    )
+    fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
+    changes: dict[str, Any] = {name: x[at] for name, x in fields.items() if isinstance(x, Tensor)}
+    picked = dataclasses.replace(view, **changes)
     picked = dataclasses.replace(
         picked,
         max_budget=int(picked.budget.max()),
@@ -59,7 +56,7 @@ def selected_rows(view: View, state: State, rows: Sequence[int]) -> tuple[View, 
 
 def selected_heads(view: View, state: State, start: int, stop: int) -> tuple[View, State]:
     """Return some KV heads and their query heads, as one rank of several sees them."""
-    changes = {name: getattr(view, name)[:, start:stop].contiguous() for name in _OF_HEADS}
+    changes: dict[str, Any] = {name: getattr(view, name)[:, start:stop].contiguous() for name in _OF_HEADS}
     if view.queries is not None:
         group = view.queries.shape[1] // view.shape[1]
         asked = slice(start * group, stop * group)

@@ -98,8 +98,9 @@ def assert_victims(view: View, keep: Keep) -> None:
     if keep.victims is None:
         return
     b, h, s = view.shape
-    lead = tuple(keep.victims.shape[:2])
-    assert keep.victims.dim() == 3 and lead == (b, h), f"Keep.victims has shape {keep.victims.shape}"
+    shape = tuple(keep.victims.shape)
+    assert len(shape) == 3, f"Keep.victims has shape {shape}"
+    assert shape[:2] == (b, h), f"Keep.victims has shape {shape}, and there are {b} rows, {h} heads"
     assert keep.victims.dtype == torch.int64, f"Keep.victims is {keep.victims.dtype}, not int64"
     dropped = view.valid & ~keep.mask
     for row in range(b):

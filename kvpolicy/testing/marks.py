@@ -61,10 +61,8 @@ def _names(policies: Iterable[PolicyOrFactory]) -> dict[str, PolicyOrFactory]:
     """Name policies by their chains, functions and other classes by their names."""
     named: dict[str, PolicyOrFactory] = {}
     for policy in policies:
-        if isinstance(policy, Policy):
-            name = repr(policy.chain)
-        else:
-            name = getattr(policy, "__name__", type(policy).__name__)
+        name = getattr(policy, "__name__", type(policy).__name__)
+        name = repr(policy.chain) if isinstance(policy, Policy) else name
         if name in named:
             name = f"{name}#{len(named)}"
         named[name] = policy

@@ -64,7 +64,8 @@ def check_global_random_state(policy: EvictionPolicy) -> None:
                 ours = torch.random.get_rng_state(), random.getstate()
                 answers.append(select(policy, view).kept)
                 same = torch.equal(torch.random.get_rng_state(), ours[0])
-                assert same and random.getstate() == ours[1], "a global generator was moved on"
+                assert same, "torch's global generator was moved on"
+                assert random.getstate() == ours[1], "Python's global generator was moved on"
             assert answers[0] == answers[1], "the seed of a global generator changes the answer"
         finally:
             torch.random.set_rng_state(before[0])
@@ -97,8 +98,8 @@ def check_nothing_modified(policy: EvictionPolicy) -> None:
         before = {name: (t._version, t.clone()) for name, t in told.items()}
         policy.select(case.view, case.state)
         for name, (version, copied) in before.items():
-            same = torch.equal(_bits(told[name]), _bits(copied))
-            assert same and told[name]._version == version, f"{name} was written to"
+            assert told[name]._version == version, f"{name} was written to"
+            assert torch.equal(_bits(told[name]), _bits(copied)), f"{name} was written to"
 
     for_all(view_specs_for(policy), test, name="check_nothing_modified")
 

@@ -17,6 +17,7 @@ __all__ = ["Check", "check", "for_all"]
 #: A check takes a policy, returns nothing, and raises AssertionError.
 Check: TypeAlias = Callable[[EvictionPolicy], None]
 _T = TypeVar("_T")
+_SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.nested_given)
 
 
 def check(function: Check) -> Check:
@@ -56,12 +57,13 @@ def for_all(examples: SearchStrategy[_T], test: Callable[[_T], None], *, name: s
         test(example)
 
     run.__name__ = run.__qualname__ = name
+    current = settings()  # the profile that is loaded
     wrapped = settings(
-        max_examples=max(1, round(share * settings.default.max_examples)),
+        max_examples=max(1, round(share * current.max_examples)),
         deadline=None,
         report_multiple_bugs=False,
-        phases=[phase for phase in settings.default.phases if phase != Phase.explain],
-        suppress_health_check=list(HealthCheck),
+        phases=[phase for phase in current.phases if phase != Phase.explain],
+        suppress_health_check=_SLOW,
         print_blob=False,
     )(given(example=examples)(run))
     try:

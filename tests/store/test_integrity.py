@@ -71,7 +71,6 @@ def row(store: Store, name: str, value: int) -> None:
 )
 def test_a_contradiction_is_named(spoil: Callable[[Store], object], said: str) -> None:
     store = filled(8)
-    store.window.advance([0, 0], [8, 8])
     evict(store, [True, True], LOGITS)
     store.check_integrity()
     spoil(store)

@@ -132,8 +132,8 @@ class StoreMachine(RuleBasedStateMachine):
         width = keys.shape[3]
         for r, (row, count) in enumerate(zip(self.model.rows[index], counts, strict=True)):
             new = slice(width - count, width)
-            mine = (x[index, r, :, new] for x in (keys, values, queries))
-            row.add(*mine, self.plan.window)
+            mine = [x[index, r, :, new] for x in (keys, values, queries)]
+            row.add(mine[0], mine[1], mine[2], self.plan.window)
 
     @rule()
     def append_too_much(self) -> None:

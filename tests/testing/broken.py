@@ -93,9 +93,7 @@ class OneTooFew(KeepLargestValues):
     """Evicts one token more than it must."""
 
     def select(self, view: View, state: State) -> tuple[Keep, State]:
-        view = dataclasses.replace(
-            view, budget=(view.budget - 1).clamp(min=0), max_victims=view.max_victims + 1
-        )
+        view = dataclasses.replace(view, budget=(view.budget - 1).clamp(min=0), max_victims=view.max_victims + 1)
         return super().select(view, state)
 
 
@@ -169,8 +167,9 @@ class CrashesOnNan(KeepLargestValues):
     def scores(self, view: View) -> Scores:
         scores = super().scores(view)
         levels = torch.where(view.valid, scores.values, 0).unique()
-        place = [int((levels == one).nonzero()[0, 0]) for one in levels]
-        return scores if place else scores
+        for level in levels:
+            assert int((levels == level).nonzero()[0, 0]) >= 0
+        return scores
 
 
 class EmptiesOnNan(KeepLargestValues):
@@ -269,4 +268,3 @@ class NegatedSlots(Scorer):
     def score(self, view: View, state: StageState | None) -> Scores:
         slots: Tensor = -torch.arange(view.shape[2])
         return Scores.of(view, slots.expand(view.shape), weights=False)
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
@@ -12,7 +13,6 @@ from kvpolicy import (
     EvictionPolicy,
     KeyNorm,
     Policy,
-    PolicyError,
     Recency,
     Sinks,
     Stochastic,
@@ -39,8 +39,7 @@ def failing(make: Callable[[], EvictionPolicy], names: Iterable[str]) -> set[str
     for name in names:
         try:
             CHECKS[f"check_{name}"](make())
-        except AssertionError as error:
-            assert str(error).startswith(f"check_{name}("), "a failure names its check"
+        except AssertionError:
             failed.add(name)
     return failed
 
@@ -165,10 +164,9 @@ def test_a_broken_stage_is_found() -> None:
 
 def test_only_stages_are_stages() -> None:
     with pytest.raises(TypeError, match="a scorer, a transform or a selector"):
-        check_stage(Recency)  # type: ignore[arg-type]
+        check_stage(cast(Any, Recency))
 
 
 def test_a_policy_that_cannot_plan_says_so() -> None:
-    with pytest.raises(AssertionError, match="check_plan.*BudgetError"):
+    with pytest.raises(AssertionError, match=r"check_plan.*BudgetError"):
         check_policy(Policy(KeyNorm() >> TopK(8)))
-    assert issubclass(PolicyError, Exception)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy import Policy, Prompt, Scores, Sinks, Tier, TopK, ValueGuard, View, select_top
+from kvpolicy import ModelSpec, Policy, Prompt, Scores, Sinks, Tier, TopK, ValueGuard, View, select_top
 from kvpolicy.eviction import LogitSpec, evict
 from kvpolicy.scorers import AccumulatedAttention, KeyNorm
 from kvpolicy.store import Row, Store
@@ -172,7 +172,7 @@ def test_what_no_store_could_show_is_refused(row: RowSpec) -> None:
 @pytest.mark.parametrize("scorer", [KeyNorm(), AccumulatedAttention(12)])
 def test_state_is_what_a_store_holds(scorer: KeyNorm | AccumulatedAttention) -> None:
     policy = Policy(scorer >> TopK(20), interval=4, recent=2)
-    plan = policy.plan(strategies.ModelSpec(num_layers=1)).layers[0]
+    plan = policy.plan(ModelSpec(num_layers=1)).layers[0]
     assert plan is not None
     row = RowSpec(length=12, fresh=3, budget=None, prompt=9)
     view = ViewSpec((row,), spare=12, recent=2, window=plan.window, shuffle=False, free="zero").view()

@@ -60,9 +60,7 @@ COMPOSED = {
         recent=1,
     ),
     "maximum": Policy(
-        maximum(0.5 * ValueNorm("var"), AccumulatedAttention(3) >> Normalize("sum"))
-        >> Stochastic()
-        >> TopK(6),
+        maximum(0.5 * ValueNorm("var"), AccumulatedAttention(3) >> Normalize("sum")) >> Stochastic() >> TopK(6),
         interval=3,
         recent=2,
     ),
