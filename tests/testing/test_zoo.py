@@ -74,6 +74,7 @@ COMPOSED = {
         Constant() >> Stochastic(seed=1) >> Stochastic(2.0, seed=2, redraw=False) >> TopK(4), recent=1
     ),
     "redundancy at the end of a turn": Policy(Redundancy() >> TopK(9), interval=None, recent=4),
+    "two windows": Policy(Attention(6, pool=1) + LastQuery() >> TopK(6), interval=3, recent=1),
     "published sizes": policies.vase(88),
 }
 
