@@ -127,7 +127,7 @@ def fill_from(
     that memory must hold besides the slots.
 
     Args:
-        store: one layer of it is modified.
+        store: settled, see :meth:`Store.settle`; one layer of it is modified.
         index: the layer, counted within the store; its queries are in the window already.
         keys: ``[requests, H, S_old + T, D]``: the slots in use, up to the longest row, then the
             new tokens, left-padded.

@@ -69,7 +69,7 @@ class View:
         values: ``[B, H, S, Dv]`` in the cache's dtype.
         positions: ``[B, H, S]`` int32, the logical position of each slot's token, -1 where free.
         order: ``[B, H, S]`` int32, the slots in position order, free slots last.
-        fresh: ``[B, H, F]`` int64, the slots filled since the last eviction, -1 padded.
+        fresh: ``[B, H, F]`` int64, the slots filled since the policy last saw the row, -1 padded.
         budget: ``[B, H]`` int64, slots to keep; a row that is not due has its length here.
         lengths: ``[B, H]`` int64, slots in use.
         seen: ``[B]`` int64, tokens seen, which is the position of the next one.

@@ -27,6 +27,7 @@ class Layer:
     query_positions: Tensor  # [R, N]
     state: Any
     evictions: list[int]
+    told: int = 0  # columns that the policy has seen
 
 
 @dataclass
@@ -118,6 +119,7 @@ class Oracle:
         view = self.view(index, held, keys, values, plan, due, kwargs)
         state = self.state(held, view, plan)
         keep, state = self.policy.select(view, state)
+        held.told = keys.shape[2]
         held.state = state
         held.alive = held.alive & keep.mask
         for r, one in enumerate(due.tolist()):
@@ -148,10 +150,14 @@ class Oracle:
             queries = torch.nn.functional.pad(queries, (0, 0, short, 0))
             at = torch.nn.functional.pad(at, (short, 0), value=-1)
         zeros = torch.zeros(rows, dtype=torch.long)
+        columns = torch.arange(size)
+        unseen = held.alive & (columns >= held.told)
+        fresh = torch.where(unseen, columns, size).sort(-1).values[..., : size - held.told]
+        fresh = torch.where(fresh == size, -1, fresh)
         sinks = kwargs.get("s_aux")
         return View(
             keys=keys, values=values, positions=positions.int(), order=order.int(),
-            fresh=torch.arange(size).expand(rows, heads, size),
+            fresh=fresh,
             budget=budget, lengths=length,
             seen=self.valid.sum(1), prompt_length=self.prompt,
             evictions=torch.tensor(held.evictions), request=zeros,

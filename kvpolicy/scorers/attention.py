@@ -117,20 +117,27 @@ class AccumulatedAttention(Scorer):
         return max(self.window, interval or 0)
 
     def init(self, spec: LayerSpec, rows: int) -> StageState:
-        """Return zero sums, and no query counted."""
-        sums = torch.zeros(rows, spec.num_heads, spec.capacity, device=spec.device)
-        return StageState((sums,), (torch.zeros(rows, dtype=torch.int64, device=spec.device),))
+        """Return zero sums."""
+        return StageState((torch.zeros(rows, spec.num_heads, spec.capacity, device=spec.device),))
 
     def update(self, view: View, state: StageState | None) -> StageState:
-        """Return the sums with every query added that was not counted yet."""
+        """Return the sums with the queries of every token added that is new since the last eviction."""
         assert state is not None
-        (sums,), (counted,) = state.slots, state.rows
         assert view.queries is not None
         assert view.query_positions is not None
-        queries, positions = view.queries, view.query_positions
-        new = (positions >= counted[:, None]).to(view.compute_dtype)
-        added = received(view, queries, positions, view.valid, new, causal=True, temperature=1.0, reduce="mean")
-        return StageState((sums + added.to(torch.float32),), (torch.maximum(view.seen, counted),))
+        first = view.seen - (view.fresh >= 0).sum(-1)[:, 0]
+        new = (view.query_positions >= first[:, None]).to(view.compute_dtype)
+        added = received(
+            view,
+            view.queries,
+            view.query_positions,
+            view.valid,
+            new,
+            causal=True,
+            temperature=1.0,
+            reduce="mean",
+        )
+        return StageState((state.slots[0] + added.to(torch.float32),))
 
     def score(self, view: View, state: StageState | None) -> Scores:
         """Return the sums, as weights."""
