@@ -49,13 +49,13 @@ def _memory(options: argparse.Namespace) -> Section:
     if options.quick:
         return memory.run([(SMALL, 8, 500, [256, 16])])
     cases = [(SMALL, 30, 4000, [256, 16]), (HALF, 32, 4000, [256, 16]), (HALF, 96, 300, [256, 16])]
-    return memory.run([*cases, (HALF, 2, 32000, [256, 64])])
+    return memory.run([*cases, (HALF, 2, 32000, [256, 128])])
 
 
 def _flat(options: argparse.Namespace) -> Section:
     if options.quick:
         return flat.run(models.tiny(), 128, 512, 256, 64)
-    return flat.run(models.load(options.model), 256, 8192 - 256, 1024, 128)
+    return flat.run(models.load(options.model), 256, 8192 - 64, 1024, 64)
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {

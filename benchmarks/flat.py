@@ -41,7 +41,7 @@ def run(model: Any, budget: int, until: int, stride: int, measured: int) -> Sect
     ids = tokens(model, until + measured)
     old, young = (EvictionCache(evicting, vase(budget)) for _ in range(2))
     done, medians, ratios = 0, list[float](), list[float]()
-    for mark in [budget, *range(stride, until + 1, stride)]:
+    for mark in [budget, *range(stride, until, stride), until]:
         with all_cores():
             prefill(evicting, old, ids[:, done:mark], budget if done == 0 else 64)
             young.reset()

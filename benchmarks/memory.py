@@ -39,8 +39,9 @@ def run(cases: list[tuple[Shape, int, int, list[int]]]) -> Section:
 
     Args:
         cases: the shape of a layer, how many there are, the budget, and the workspaces in MiB. One
-            layer's slots, at 96 bytes each, must fit into half of a workspace. A budget that the
-            window does not divide leaves the ring of queries where it must be turned.
+            row's slots, at 96 bytes each, and one head's keys in float32 are the least that an
+            eviction takes. A budget that the window does not divide leaves the ring of queries
+            where it must be turned.
     """
     section = Section(
         "memory",

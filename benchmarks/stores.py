@@ -8,7 +8,8 @@ import torch
 
 from kvpolicy.eviction import LogitSpec
 from kvpolicy.policy import EvictionPolicy, ModelSpec
-from kvpolicy.store import Row, Store
+from kvpolicy.row import Row
+from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, LayerSpec
 
 __all__ = ["Shape", "filled", "grow", "logits_of"]

@@ -41,7 +41,7 @@ class Uniform(Allocator):
     budget: int
 
     def __post_init__(self) -> None:
-        _check.integer("TopK", "budget", self.budget, 1)
+        _check.integer(self, "budget", self.budget, 1)
 
     def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
         """Return the budget for every layer."""

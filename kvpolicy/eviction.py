@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy.compaction import compress
-from kvpolicy.store import Row, Store
+from kvpolicy.integrity import insist_on_budget
+from kvpolicy.row import Row
+from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
 from kvpolicy.window import oldest_first
 
@@ -163,6 +165,7 @@ def fill_from(
     )
     here = slice(index * len(after), (index + 1) * len(after))
     keep, state = store.policy.select(view, _state_of_turn(store, here, old, keys.shape[2] - old))
+    insist_on_budget(keep, by_head, store.policy)
     in_order = order.to(torch.int64)
     survivors = compress(in_order, keep.mask.gather(-1, in_order), max(budgets), -1)
     store.fill(index, survivors, keys, values, positions, state)

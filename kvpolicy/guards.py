@@ -64,7 +64,8 @@ class ValueGuard(TokenNumber, Transform):
         """Return the scores with sinks and the largest values of each head protected."""
         size, candidates = view.shape[2], view.candidates
         count = part(view.budget, self.share)
-        sinks = candidates & (view.positions < self.sinks)
+        # Where the share holds fewer, the first of the sinks are the ones.
+        sinks = candidates & (view.positions < count.clamp(max=self.sinks)[..., None])
         values = torch.where(sinks, torch.inf, self.numbers(state))
         key = torch.where(candidates, order_key(values, view.positions), -1)
         count = torch.minimum(count, candidates.sum(-1))
@@ -122,6 +123,10 @@ class Prompt(Transform):
 
     def __post_init__(self) -> None:
         _check.number(self, "share", self.share, 0, 1, above=True)
+
+    def reserved(self, budget: int) -> int:
+        """Return the share of the budget, rounded down, which a prompt may fill."""
+        return math.floor(budget * self.share + 1e-9)
 
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores with the prompt, or its two ends, protected."""

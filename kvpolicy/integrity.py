@@ -11,9 +11,12 @@ from kvpolicy.errors import IntegrityError
 from kvpolicy.window import oldest_first
 
 if TYPE_CHECKING:
-    from kvpolicy.store import Row, Store
+    from kvpolicy.policy import EvictionPolicy
+    from kvpolicy.row import Row
+    from kvpolicy.scores import Keep
+    from kvpolicy.store import Store
 
-__all__ = ["check_integrity", "settled_positions"]
+__all__ = ["check_integrity", "insist_on_budget", "settled_positions"]
 
 
 def check_integrity(store: Store) -> None:
@@ -156,3 +159,22 @@ def _check_window(store: Store, index: int, request: int) -> None:
 
 def _refuse(where: str, what: str) -> NoReturn:
     raise IntegrityError(f"{where}: {what}")
+
+
+def insist_on_budget(keep: Keep, kept: Tensor, policy: EvictionPolicy) -> None:
+    """Stop a policy that keeps another number of slots than it must; on a GPU, without waiting.
+
+    Args:
+        keep: what the policy said.
+        kept: ``[B, H]``, how many slots of each head must stay.
+        policy: to be named.
+
+    Raises:
+        IntegrityError: in some head, another number of slots would stay; nothing was changed.
+    """
+    right = (keep.mask.sum(-1) == kept).all()
+    text = f"{policy!r} kept another number of slots than min(budget, tokens) in some head: run check_policy on it"
+    if right.device.type != "cpu":
+        torch._assert_async(right, text)  # pyright: ignore[reportPrivateImportUsage]
+    elif not bool(right):
+        raise IntegrityError(text)

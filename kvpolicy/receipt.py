@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from kvpolicy.errors import UsageError
 
 __all__ = ["Receipt"]
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Prove what a cache holds and what happened to it.
+    """Prove what a cache held, and what had happened to it, when it was asked.
+
+    A copy: it neither changes with the cache nor keeps the cache's memory alive.
 
     Attributes:
         policy: the policy of each request, with every parameter written out.
@@ -29,6 +32,7 @@ class Receipt:
         other_nbytes: bytes that layers left alone (sliding, linear) hold now.
         layers: the layers that evict.
         skipped: the layers left alone, and why.
+        kept: the kept positions of each layer that evicts, on the host; see :meth:`positions`.
     """
 
     policy: tuple[str, ...]
@@ -43,7 +47,7 @@ class Receipt:
     other_nbytes: int
     layers: tuple[int, ...]
     skipped: dict[int, str]
-    _positions: Callable[[int], Tensor] = field(repr=False, compare=False)
+    kept: dict[int, Tensor] = field(repr=False, compare=False)
 
     def positions(self, layer: int) -> Tensor:
         """Return the kept positions of one layer, ascending.
@@ -52,12 +56,15 @@ class Receipt:
             layer: index of a layer that evicts.
 
         Returns:
-            ``[requests, KV heads, slots]`` int64, -1 behind the last one of a shorter row.
+            ``[requests, KV heads, slots]`` int32 on the host, -1 behind the last one of a shorter row.
 
         Raises:
             UsageError: this layer does not evict.
         """
-        return self._positions(layer)
+        if layer not in self.kept:
+            known = ", ".join(map(str, self.layers))
+            raise UsageError(f"layer {layer} does not evict; those that do are {known}")
+        return self.kept[layer]
 
     def __str__(self) -> str:
         """Return a table."""

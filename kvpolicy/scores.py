@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import ParameterError
 from kvpolicy.view import View
 
 __all__ = ["Keep", "Scores", "Tier", "order_key", "top"]
@@ -56,7 +57,12 @@ class Scores:
         """Return scores in which the slots of ``mask`` are protected at least by ``tier``.
 
         Free slots are never protected. Guards compose: the highest tier counts.
+
+        Raises:
+            ParameterError: the tier is not one of a guard, 2 to 6.
         """
+        if not Tier.CANDIDATE < tier < Tier.RECENT:
+            raise ParameterError(f"guard(mask, {tier}): a guard's tier is 2 to 6, such as Tier.VALUE or Tier.SINK")
         raised = torch.where(mask & (self.tier > Tier.FREE), tier, Tier.FREE)
         return dataclasses.replace(self, tier=torch.maximum(self.tier, raised))
 

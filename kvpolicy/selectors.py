@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvpolicy import _check
 from kvpolicy.allocators import Allocator, Uniform
 from kvpolicy.errors import ParameterError
 from kvpolicy.scores import Keep, Scores, select_top
@@ -32,6 +33,8 @@ class TopK(Selector):
     def __init__(self, budget: int | Allocator) -> None:
         if isinstance(budget, type) or not isinstance(budget, int | Allocator):
             raise ParameterError(f"TopK({budget!r}): write a number of slots, such as TopK(1024), or an allocator")
+        if isinstance(budget, int):
+            _check.integer(self, "budget", budget, 1)
         object.__setattr__(self, "allocator", budget if isinstance(budget, Allocator) else Uniform(budget))
 
     def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:

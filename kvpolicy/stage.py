@@ -53,7 +53,11 @@ class Stage:
         return None
 
     def update(self, view: View, state: StageState | None) -> StageState | None:
-        """Return the state after reading the view; runs before scoring, which only reads."""
+        """Return the state after reading the view; runs before scoring, which only reads.
+
+        It may run more often than evictions, also on rows that lose nothing. So that a row does not
+        depend on its neighbours, let it depend on ``view.fresh``, the slots that it has not seen.
+        """
         return state
 
     def parts(self) -> tuple[Stage, ...]:
@@ -90,9 +94,12 @@ def call_text(node: Any, *, full: bool = False) -> str:
     words: list[str] = []
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
-        if field.default is dataclasses.MISSING:
+        if not field.init:
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if default is dataclasses.MISSING and not field.kw_only:
             words.append(repr(value))
-        elif full or value != field.default:
+        elif full or value != default:
             words.append(f"{field.name}={value!r}")
     return f"{type(node).__name__}({', '.join(words)})"
 

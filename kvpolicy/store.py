@@ -3,64 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvpolicy.compaction import move_, moves, reorder_after
 from kvpolicy.errors import UsageError
+from kvpolicy.integrity import insist_on_budget
 from kvpolicy.policy import EvictionPolicy, LayerPlan
+from kvpolicy.row import Row
 from kvpolicy.scores import Keep
 from kvpolicy.view import LayerSpec, StageState, State
 from kvpolicy.window import QueryWindow
 
-__all__ = ["Row", "Store"]
-
-
-@dataclass
-class Row:
-    """Count what happened to one request: host integers, the same for every layer of a store.
-
-    Attributes:
-        length: slots in use.
-        settled: slots that the policy has seen; those behind were appended since, in order.
-        seen: tokens, which is the position of the next one.
-        prompt: tokens before the first one-token step.
-        decoded: one-token steps since the last turn of several tokens.
-        evictions: so far.
-        intact: the position from which on no head has evicted anything.
-        request: keys randomness.
-        seed: keys randomness.
-    """
-
-    length: int = 0
-    settled: int = 0
-    seen: int = 0
-    prompt: int = 0
-    decoded: int = 0
-    evictions: int = 0
-    intact: int = 0
-    request: int = 0
-    seed: int = 0
-
-    def advanced(self, count: int, *, decoding: bool) -> Row:
-        """Return this row after ``count`` more tokens: a step of one, or a turn of several."""
-        prompt = self.prompt + count if not decoding and self.prompt == self.seen else self.prompt
-        return replace(
-            self,
-            length=self.length + count,
-            seen=self.seen + count,
-            prompt=prompt,
-            decoded=self.decoded + count if decoding else 0,
-        )
-
-    def evicted(self, length: int, recent: int) -> Row:
-        """Return this row after the policy has seen it and left ``length`` slots of it."""
-        if length >= self.length:
-            return replace(self, settled=self.length)
-        intact = max(self.intact, self.seen - recent)
-        return replace(self, length=length, settled=length, evictions=self.evictions + 1, intact=intact)
+__all__ = ["Store"]
 
 
 class Store:
@@ -101,13 +58,33 @@ class Store:
         self._ends: tuple[Tensor, Tensor, Tensor] | None = None
         lead, device = (len(self.layers), len(self.rows)), spec.device
         slots = (*lead, spec.num_heads, spec.capacity)
-        self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=device)
-        self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
-        self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
-        self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
-        self.window = QueryWindow(*lead, spec.num_query_heads, plan.window, spec.head_dim, spec.dtype, device)
-        self.state = policy.init(spec, lead[0] * lead[1])
-        self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
+            self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=device)
+            self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
+            self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
+            self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
+            self.window = QueryWindow(*lead, spec.num_query_heads, plan.window, spec.head_dim, spec.dtype, device)
+            self.state = self._checked(policy.init(spec, lead[0] * lead[1]))
+            self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
+
+    def _checked(self, state: State) -> State:
+        """Return a new state, contiguous; refuse one whose tensors cannot follow the slots."""
+        rows, heads, capacity = len(self.layers) * len(self.rows), self.spec.num_heads, self.spec.capacity
+        checked: list[StageState | None] = []
+        for index, held in enumerate(state):
+            if held is None:
+                checked.append(None)
+                continue
+            wanted = [(t, (rows, heads, capacity)) for t in held.slots] + [(t, (rows,)) for t in held.rows]
+            for tensor, lead in wanted:
+                if tensor.shape[: len(lead)] != lead or tensor.device != self.spec.device:
+                    raise UsageError(
+                        f"state {index} of {self.policy!r} has a tensor {tuple(tensor.shape)} on {tensor.device}; init"
+                        f"(spec, rows) must give ({', '.join(map(str, lead))}, ...) on {self.spec.device}"
+                    )
+            slots, each = tuple(t.contiguous() for t in held.slots), tuple(t.contiguous() for t in held.rows)
+            checked.append(StageState(slots, each))
+        return tuple(checked)
 
     # What it holds
 
@@ -280,6 +257,7 @@ class Store:
             kept: ``[rows, H]`` survivors.
             limit: the largest ``lengths - kept``, known on the host.
         """
+        insist_on_budget(keep, kept, self.policy)
         positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
         order.copy_(reorder_after(order, keep.mask, source, target))
@@ -298,8 +276,7 @@ class Store:
         for mine, new in zip(self.state, state, strict=True):
             if mine is not None and new is not None:
                 for held, given in zip((*mine.slots, *mine.rows), (*new.slots, *new.rows), strict=True):
-                    if given.data_ptr() != held[at].data_ptr():
-                        held[at].copy_(given)
+                    held[at].copy_(given)
 
     def state_of(self, at: slice) -> State:
         """Return the state of some of the ``layers * requests`` rows, as views."""

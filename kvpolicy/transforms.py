@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from kvpolicy import _check, random
+from kvpolicy import _check, noise
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Transform
 from kvpolicy.view import StageState, View
@@ -53,8 +53,9 @@ class Stochastic(Transform):
             return scores
         values = scores.values.to(torch.float64)
         logits = torch.log(values.clamp(min=0)) if scores.weights else values
-        noise = random.gumbel(random.stream(view, self.seed, redraw=self.redraw), view.positions.clamp(min=0))
-        return scores.replace(logits / self.tau + noise, weights=False)
+        key = noise.stream(view, self.seed, redraw=self.redraw)
+        drawn = noise.gumbel(key, view.positions.clamp(min=0))
+        return scores.replace(logits / self.tau + drawn, weights=False)
 
 
 @dataclass(frozen=True, repr=False)

@@ -139,7 +139,7 @@ class View:
     @property
     def num_candidates(self) -> Tensor:
         """Return ``[B, H]`` int64: how many candidates each head has."""
-        return (self.lengths - self.recent).clamp(min=0)
+        return self.candidates.sum(-1)
 
     @property
     def compute_dtype(self) -> torch.dtype:

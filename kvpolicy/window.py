@@ -65,6 +65,10 @@ class QueryWindow:
         if width == 1 and self.uniform and all(counts):
             ring[:, :, self.at[0] : self.at[0] + 1].copy_(queries)
             return
+        if width == 1 and all(counts):
+            requests, at = torch.arange(len(self.at), device=ring.device), torch.tensor(self.at, device=ring.device)
+            ring[requests, :, at] = queries[:, :, 0]
+            return
         for r, count in enumerate(counts):
             kept = min(count, self.size)
             places = self._places(r, count, kept)

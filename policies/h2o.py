@@ -23,4 +23,4 @@ def h2o(budget: int, *, recent: int | None = None, interval: int = 64) -> Policy
     Policy(AccumulatedAttention() >> TopK(1024), recent=512)
     """
     recent = max(1, budget // 2) if recent is None else recent
-    return Policy(AccumulatedAttention() >> TopK(budget), interval=interval, recent=recent)
+    return Policy(AccumulatedAttention(max(64, interval)) >> TopK(budget), interval=interval, recent=recent)

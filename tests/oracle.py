@@ -89,6 +89,8 @@ class Oracle:
                 None,
                 [0] * rows,
             )
+        if not self.decoding and held.told < held.alive.shape[2] and "every_query" in self.policy.needs:
+            self.evict(layer, held, key[:, :, :-width], value[:, :, :-width], kwargs, seen=self.valid[:, :-width])
         new = self.valid[:, -width:]
         numbers = torch.where(new, self.valid.long().cumsum(1)[:, -width:] - 1, -1)
         held.alive = torch.cat([held.alive, new[:, None].expand(-1, heads, -1)], 2)
@@ -108,9 +110,17 @@ class Oracle:
         self.evict(layer, held, key, value, kwargs)
         return out.transpose(1, 2).contiguous()
 
-    def evict(self, index: int, held: Layer, keys: Tensor, values: Tensor, kwargs: dict[str, Any]) -> None:
+    def evict(
+        self, index: int, held: Layer, keys: Tensor, values: Tensor, kwargs: dict[str, Any], seen: Tensor | None = None
+    ) -> None:
+        """Evict where it is due; with ``seen``, only let the policy see what a turn is about to push away."""
         plan = self.plan.layers[self.evicting.index(index)]
         assert plan is not None
+        if seen is not None:
+            view = self.view(index, held, keys, values, plan, torch.zeros(len(seen), dtype=torch.bool), kwargs, seen)
+            _, held.state = self.policy.select(view, self.state(held, view, plan))
+            held.told = keys.shape[2]
+            return
         at_interval = self.decoding and plan.interval is not None and self.decoded % plan.interval == 0
         length = held.alive[:, 0].sum(-1)
         due = length > plan.budget
@@ -135,6 +145,7 @@ class Oracle:
         plan: LayerPlan,
         due: Tensor,
         kwargs: Any,
+        valid: Tensor | None = None,
     ) -> View:
         rows, heads, size, _ = keys.shape
         positions = torch.where(held.alive, held.positions[:, None].expand(-1, heads, -1), -1)
@@ -159,7 +170,7 @@ class Oracle:
             keys=keys, values=values, positions=positions.int(), order=order.int(),
             fresh=fresh,
             budget=budget, lengths=length,
-            seen=self.valid.sum(1), prompt_length=self.prompt,
+            seen=(self.valid if valid is None else valid).sum(1), prompt_length=self.prompt,
             evictions=torch.tensor(held.evictions), request=zeros,
             seed=torch.tensor(self.seeds) if self.seeds else zeros, layer=zeros + index,
             recent=plan.recent, max_budget=int(budget.max()), max_victims=int((length - budget).max()),

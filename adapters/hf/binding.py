@@ -102,6 +102,7 @@ class Binding:
                 handle.remove()
             self.handles = []
             self.decoder.set_attn_implementation(self.original)
+            _bindings.pop(self.decoder, None)  # the value holds its key
 
 
 _bindings: weakref.WeakKeyDictionary[nn.Module, Binding] = weakref.WeakKeyDictionary()

@@ -151,7 +151,8 @@ class EvictionCache(Cache):
         if self._failed:
             raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
         self._step = open_step(self, arguments)
-        self._failed = not self._step.decoding
+        # Slots count only once a step is finished; layers left alone have moved on by then.
+        self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take new keys and values of one layer; return what the new tokens attend to."""
@@ -210,6 +211,8 @@ class EvictionCache(Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by the one that ``beam_idx`` names."""
         super().reorder_cache(beam_idx)
+        if self.last is not None:
+            self.last = self.last.index_select(0, beam_idx.to(self.last.device))
         for group in self.groups:
             if group.store is not None:
                 group.store.reorder(beam_idx)
@@ -237,8 +240,8 @@ class EvictionCache(Cache):
             raise UsageError("no token has been seen yet: there is nothing to prove")
         rows = stores[0].rows
         text = self.policy.text(full=True) if isinstance(self.policy, Policy) else repr(self.policy)
-        broken = sum(store.broken.view(-1, len(rows)).sum(0) for store in stores)
-        assert isinstance(broken, Tensor)
+        broken = torch.stack([store.broken.view(-1, len(rows)).sum(0).cpu() for store in stores]).sum(0)
+        kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
         return Receipt(
             policy=(text,) * len(rows),
             version=__version__,
@@ -252,18 +255,8 @@ class EvictionCache(Cache):
             other_nbytes=sum(_held(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
             layers=tuple(sorted(self._group_of)),
             skipped=self.skipped,
-            _positions=self._positions,
+            kept=kept,
         )
-
-    def _positions(self, layer: int) -> Tensor:
-        group = self._group_of.get(layer)
-        if group is None or group.store is None:
-            known = ", ".join(map(str, sorted(self._group_of)))
-            raise UsageError(f"layer {layer} does not evict; those that do are {known}")
-        group.store.settle()
-        index = group.layers.index(layer)
-        at = group.store.order[index, :, :, : group.store.longest].to(torch.int64)
-        return group.store.positions[index].to(torch.int64).gather(-1, at)
 
     def new_seeds(self, requests: int) -> list[tuple[int, int]]:
         """Return the name and the seed of each request of a batch.

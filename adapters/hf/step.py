@@ -11,7 +11,8 @@ from torch import Tensor
 from kvpolicy.errors import UnsupportedError, UsageError
 from kvpolicy.eviction import LogitSpec, evict, fill_from
 from kvpolicy.policy import EvictionPolicy, LayerPlan
-from kvpolicy.store import Row, Store
+from kvpolicy.row import Row
+from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ class Group:
     plan: LayerPlan
     store: Store | None = None
     logits: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def positions(self) -> dict[int, Tensor]:
+        """Return a copy of the kept positions of each layer, ascending, -1 behind the last."""
+        if self.store is None:
+            return {}
+        self.store.settle()
+        order = self.store.order[..., : self.store.longest].to(torch.int64)
+        return dict(zip(self.layers, self.store.positions.gather(-1, order).cpu(), strict=True))
 
 
 @dataclass(eq=False)
@@ -103,18 +112,21 @@ class Step:
 
     def _open(self, group: Group, store: Store) -> None:
         """Work out, once a group and step, what its layers share."""
-        self._after[id(group)] = [
-            row.advanced(count, decoding=self.decoding) for row, count in zip(store.rows, self.counts, strict=True)
-        ]
         if not self.cache.columns:
             store.window.align(self.counts)
         if not self.decoding and store.longest:
+            if "every_query" in self.cache.policy.needs:  # a turn may push queries out of the window
+                evict(store, [False] * len(store.rows), self._logit_spec(group, group.layers, store))
             store.settle()
-        lengths = store.column("length") + (1 if self.decoding else 0)
-        size = store.longest + (1 if self.decoding else 0)
-        whole = store.uniform and (self.decoding or not size)
-        slots = torch.arange(size, device=store.spec.device)
-        self._visible[id(group)] = None if whole else (slots < lengths[:, None])[:, None, None]
+        self._after[id(group)] = [
+            row.advanced(count, decoding=self.decoding) for row, count in zip(store.rows, self.counts, strict=True)
+        ]
+        new = 1 if self.decoding else 0
+        if store.uniform and (self.decoding or not store.longest):
+            self._visible[id(group)] = None
+            return
+        slots = torch.arange(store.longest + new, device=store.spec.device)
+        self._visible[id(group)] = (slots < store.column("length")[:, None] + new)[:, None, None]
 
     def visible(self, group: Group) -> Tensor | None:
         """Return which slots hold tokens, ``[requests, 1, 1, slots]`` bool; None where none need hiding."""
@@ -165,11 +177,11 @@ class Step:
         if filled:
             after = [row.evicted(min(row.length, plan.budget), plan.recent) for row in after]
         store.advance(after)
-        boundary = self.decoding and plan.interval is not None and store.rows[0].decoded % plan.interval == 0
-        if filled or not (boundary or not self.decoding):
+        if filled or (self.decoding and plan.interval is None):
             return
-        due = [row.length > plan.budget for row in store.rows]
-        if any(due) or "every_query" in policy.needs:
+        at_end = [not self.decoding or row.decoded % (plan.interval or 1) == 0 for row in store.rows]
+        due = [end and row.length > plan.budget for end, row in zip(at_end, store.rows, strict=True)]
+        if any(due) or (any(at_end) and "every_query" in policy.needs):
             evict(store, due, self._logit_spec(group, group.layers, store))
 
     def _logit_spec(self, group: Group, layers: Any, store: Store) -> LogitSpec:

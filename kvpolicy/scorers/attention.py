@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpolicy import _check
-from kvpolicy.errors import ParameterError
+from kvpolicy.errors import BudgetError, ParameterError
 from kvpolicy.probabilities import received
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Scorer
@@ -91,12 +91,15 @@ class AccumulatedAttention(Scorer):
     """Score a token by all the attention it has received so far.
 
     Exact over decoded tokens: every query since the last eviction is still in the window, so its
-    probabilities over the slots that it saw are added once. Of a prompt, the newest ``window``
-    queries are counted, or ``interval`` of them where that is more. The mean over the query heads
-    of a group is added.
+    probabilities over the slots that it saw are added once. Of a turn of several tokens, its newest
+    ``window`` queries are counted; so are those decoded since the last turn, where ``interval`` is
+    None. The mean over the query heads of a group is added.
 
     Args:
-        window: queries of the prompt that are counted.
+        window: queries that the window holds, at least the policy's interval.
+
+    Raises:
+        BudgetError: when planned, the window is smaller than the interval.
 
     Source: H2O, Heavy-Hitter Oracle (arXiv 2306.14048, section 4).
 
@@ -113,8 +116,13 @@ class AccumulatedAttention(Scorer):
         _check.integer(self, "window", self.window, 1)
 
     def queries_read(self, interval: int | None) -> int:
-        """Return the window, or the interval where that is more."""
-        return max(self.window, interval or 0)
+        """Return the window."""
+        if interval is not None and interval > self.window:
+            raise BudgetError(
+                f"{self!r} counts every query, and its window holds {self.window} of the {interval} of an interval; "
+                f"write AccumulatedAttention({interval}), or interval={self.window}"
+            )
+        return self.window
 
     def init(self, spec: LayerSpec, rows: int) -> StageState:
         """Return zero sums."""
@@ -123,20 +131,10 @@ class AccumulatedAttention(Scorer):
     def update(self, view: View, state: StageState | None) -> StageState:
         """Return the sums with the queries of every token added that is new since the last eviction."""
         assert state is not None
-        assert view.queries is not None
-        assert view.query_positions is not None
+        queries, positions = newest(view, self.window)
         first = view.seen - (view.fresh >= 0).sum(-1)[:, 0]
-        new = (view.query_positions >= first[:, None]).to(view.compute_dtype)
-        added = received(
-            view,
-            view.queries,
-            view.query_positions,
-            view.valid,
-            new,
-            causal=True,
-            temperature=1.0,
-            reduce="mean",
-        )
+        new = (positions >= first[:, None]).to(view.compute_dtype)
+        added = received(view, queries, positions, view.valid, new, causal=True, temperature=1.0, reduce="mean")
         return StageState((state.slots[0] + added.to(torch.float32),))
 
     def score(self, view: View, state: StageState | None) -> Scores:
@@ -178,10 +176,7 @@ class LastQuery(Scorer):
             temperature=1.0,
             reduce="mean",
         )
-        # Slots are unordered in each head: heads meet in position order.
-        ordered = amount.gather(-1, view.order.to(torch.int64))
-        mean = view.reduce_heads(ordered.sum(1, keepdim=True)) / view.num_heads
-        amount = torch.zeros_like(amount).scatter(-1, view.order.to(torch.int64), mean.expand_as(ordered))
+        amount = view.reduce_heads(sum_over_heads(amount, view.positions, view.order)) / view.num_heads
         return Scores.of(view, amount, weights=True)
 
 
@@ -190,6 +185,30 @@ def newest(view: View, window: int) -> tuple[Tensor, Tensor]:
     assert view.queries is not None
     assert view.query_positions is not None
     return view.queries[:, :, -window:], view.query_positions[:, -window:]
+
+
+def sum_over_heads(amount: Tensor, positions: Tensor, order: Tensor) -> Tensor:
+    """Return, for each slot, the sum of what all heads of its row have at the slot's position.
+
+    Slots are unordered, and heads may hold different tokens: a head that has evicted one adds 0.
+
+    Args:
+        amount: ``[B, H, S]``.
+        positions: ``[B, H, S]``, -1 where free.
+        order: ``[B, H, S]``, the slots in position order, free slots last.
+    """
+    b, h, s = amount.shape
+    slots = order.to(torch.int64)
+    ordered = positions.gather(-1, slots)
+    ordered = torch.where(ordered < 0, torch.iinfo(ordered.dtype).max, ordered)
+    by_position, wanted = amount.gather(-1, slots), positions.flatten(1)
+    total = torch.zeros_like(amount).flatten(1)
+    for head in range(h):
+        held = ordered[:, head].contiguous()
+        place = torch.searchsorted(held, wanted.contiguous()).clamp(max=s - 1)
+        found = held.gather(1, place) == wanted
+        total = total + torch.where(found, by_position[:, head].gather(1, place), 0)
+    return total.view(b, h, s)
 
 
 def smooth(amount: Tensor, order: Tensor, count: Tensor, width: int) -> Tensor:

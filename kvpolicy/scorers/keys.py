@@ -40,9 +40,9 @@ class KeyDifference(Scorer):
 class Redundancy(Scorer):
     """Score a token by minus how much its key resembles the keys of the other candidates.
 
-    The resemblance is the mean cosine with every other candidate, softmaxed over the candidates,
-    so that it mixes with attention: ``0.5 * Attention() + 0.5 * Redundancy()``. The mean needs no
-    matrix of all pairs.
+    The resemblance is the sum of the cosines with the other candidates over the number of
+    candidates, softmaxed over them, so that it mixes with attention:
+    ``0.5 * Attention() + 0.5 * Redundancy()``. It needs no matrix of all pairs.
 
     Source: R-KV (arXiv 2505.24133, section 3), in the form that VaSE's authors ran: without the
     threshold that spares the newest duplicate.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpolicy import _check, random
+from kvpolicy import _check, noise
 from kvpolicy.probabilities import blocks
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Scorer
@@ -50,9 +50,9 @@ class Leverage(Scorer):
     def projection(self, view: View, dim: int) -> Tensor:
         """Return the matrix of each row, ``[B, dim, rank]`` float64; smaller ``dim`` takes its first rows."""
         assert self.rank is not None
-        key = random.stream(view, self.seed, per_head=False, redraw=self.resample)
+        key = noise.stream(view, self.seed, per_head=False, redraw=self.resample)
         counter = torch.arange(dim * self.rank, device=view.keys.device)
-        return random.normal(key, counter)[:, 0].view(-1, dim, self.rank) / math.sqrt(self.rank)
+        return noise.normal(key, counter)[:, 0].view(-1, dim, self.rank) / math.sqrt(self.rank)
 
     def score(self, view: View, state: StageState | None) -> Scores:
         """Return the products, as weights that sum to 1 over the candidates."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvpolicy.eviction import LogitSpec, evict, fill_from
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
+from kvpolicy.row import Row
 from kvpolicy.scores import Keep
-from kvpolicy.store import Row, Store
+from kvpolicy.store import Store
 from kvpolicy.testing.kept import Case
 from kvpolicy.view import LayerSpec, StageState, State, View
 

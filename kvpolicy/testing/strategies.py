@@ -275,4 +275,7 @@ def policies(draw: DrawFn) -> Policy:
     scorer: Scorer = draw(scorers())
     for transform in draw(st.lists(transforms(), max_size=3)):
         scorer = scorer >> transform
-    return Policy(scorer >> TopK(chosen), interval=draw(st.sampled_from((4, 1, 6, None))), recent=recent)
+    # A window that counts every query holds an interval of them.
+    longest = min((leaf.window for leaf in scorer.leaves() if isinstance(leaf, AccumulatedAttention)), default=6)
+    intervals = [n for n in (4, 1, 6) if n <= longest]
+    return Policy(scorer >> TopK(chosen), interval=draw(st.sampled_from((*intervals, None))), recent=recent)

@@ -265,7 +265,7 @@ def test_plans() -> None:
     once = Policy(KeyNorm() >> TopK(256), interval=None).plan(ModelSpec(1, max_new_tokens=100)).layers[0]
     assert once is not None
     assert (once.capacity, once.interval, once.window) == (356, None, 0)
-    wide = Policy(AccumulatedAttention(8) >> TopK(256), interval=100).plan(ModelSpec(1)).layers[0]
+    wide = Policy(AccumulatedAttention(100) >> TopK(256), interval=100).plan(ModelSpec(1)).layers[0]
     assert wide is not None
     assert wide.window == 100  # every query since the last eviction
     with pytest.raises(BudgetError, match="not larger than recent=64"):

@@ -6,7 +6,8 @@ import torch
 
 from kvpolicy import AccumulatedAttention, LayerSpec, ModelSpec, Policy, TopK
 from kvpolicy.eviction import LogitSpec, evict
-from kvpolicy.store import Row, Store
+from kvpolicy.row import Row
+from kvpolicy.store import Store
 
 
 def test_queries_after_a_crop_are_counted_again() -> None:

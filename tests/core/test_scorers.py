@@ -12,13 +12,16 @@ from torch.nn import functional as F
 from kvpolicy import (
     AccumulatedAttention,
     Attention,
+    BudgetError,
     Constant,
     KeyDifference,
     KeyNorm,
     LastQuery,
     LayerSpec,
     Leverage,
+    ModelSpec,
     Normalize,
+    ParameterError,
     Policy,
     Prompt,
     Recency,
@@ -238,3 +241,41 @@ def test_prompt_keeps_all_of_a_short_prompt_and_both_ends_of_a_long_one(length: 
     base = Scores.of(view, torch.zeros(B, H, S), weights=False)
     tier = apply(Prompt(0.5), base, view).tier[0, 1]
     assert (tier == Tier.PROMPT).nonzero()[:, 0].tolist() == expected
+
+
+def test_a_share_below_the_sinks_protects_the_oldest_of_them() -> None:
+    base = Scores.of(VIEW, torch.zeros(B, H, S), weights=False)
+    tier = apply(ValueGuard(share=0.25, sinks=4), base).tier  # a quarter of 12 is 3
+    assert tier[..., :5].tolist() == [[[4, 4, 4, 1, 1]] * H] * B
+
+
+@pytest.mark.parametrize("tier", [-1, 0, 1, 7, 8])
+def test_a_guard_has_a_tier_of_its_own(tier: int) -> None:
+    base = Scores.of(VIEW, torch.zeros(B, H, S), weights=False)
+    with pytest.raises(ParameterError, match="a guard's tier is 2 to 6"):
+        base.guard(VIEW.candidates, tier)
+
+
+def test_last_query_meets_by_position_where_heads_hold_different_tokens() -> None:
+    held = torch.tensor([[0, 1, 4, 5], [2, 3, 4, 5]])
+    keys = KEYS[:1, :, :4]
+    view = dataclasses.replace(
+        view_of(keys, budget=2, queries=QUERIES[:1, :, -1:]),
+        positions=held[None].int(),
+        seen=torch.tensor([6]),
+        query_positions=torch.tensor([[5]]).int(),
+    )
+    logits = view.queries.unflatten(1, (H, G)) @ keys[:, :, None].transpose(3, 4) * view.scaling
+    by_head = torch.softmax(logits, -1)[0, :, :, 0].mean(1)  # [H, 4]
+    expected = torch.zeros(6, dtype=torch.float64).index_add(0, held.flatten(), by_head.flatten()) / H
+    found = LastQuery().score(view, None).values[0]
+    assert torch.allclose(found.double(), expected[held], atol=1e-6)
+
+
+def test_accumulated_attention_does_not_depend_on_its_neighbours() -> None:
+    close(score(AccumulatedAttention(2)), probabilities(VIEW, VIEW.valid).mean(2)[:, :, -2:].sum(2), VIEW.valid)
+
+
+def test_accumulated_attention_must_hold_an_interval() -> None:
+    with pytest.raises(BudgetError, match=r"write AccumulatedAttention\(100\), or interval=64"):
+        Policy(AccumulatedAttention() >> TopK(256), interval=100).plan(ModelSpec(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -479,3 +479,82 @@ def test_later_turns_may_be_padded_too(family: str, name: str) -> None:
             for layer in cache.receipt().layers:
                 assert torch.equal(cache.receipt().positions(layer), oracle.kept(layer))
         assert cache.receipt().seen == (106, 65, 59)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
+def test_a_failed_step_of_a_hybrid_cannot_be_retried(family: str) -> None:
+    """Sliding and linear layers, which are not ours, have moved on: a retry would be silently wrong."""
+    model, ids = tiny(family), tokens(1, 40)
+    with EvictionCache(model, SMALL) as cache:
+        model(ids[:, :30], past_key_values=cache)
+        handle = model.model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, 30:31], past_key_values=cache)
+        handle.remove()
+        with pytest.raises(UsageError, match="failed half-way"):
+            model(ids[:, 30:31], past_key_values=cache)
+
+
+def test_unbinding_frees_the_model() -> None:
+    import gc
+    import weakref
+
+    model = tiny("llama")
+    cache = EvictionCache(model, SMALL)
+    gone = weakref.ref(model.model)
+    cache.unbind()
+    del model, cache
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_receipt_is_a_copy() -> None:
+    model, ids = tiny("llama"), tokens(1, 60)
+    with EvictionCache(model, SMALL) as cache:
+        model(ids[:, :40], past_key_values=cache)
+        receipt = cache.receipt()
+        before = receipt.positions(0).clone()
+        decode(model, cache, ids[:, 40:])
+        assert torch.equal(receipt.positions(0), before)
+        assert receipt.seen == (40,)
+
+
+def test_inference_mode_may_end_between_prompt_and_decoding() -> None:
+    model, ids = tiny("llama"), tokens(1, 60)
+    with EvictionCache(model, SMALL) as cache:
+        with torch.inference_mode():
+            model(ids[:, :40], past_key_values=cache)
+        decode(model, cache, ids[:, 40:])
+        assert cache.receipt().evictions == (3,)
+
+
+def test_beam_search_goes_on_after_evictions() -> None:
+    model, ids = tiny("llama"), tokens(2, 30)
+    with EvictionCache(model, SMALL) as cache:
+        model.generate(ids, num_beams=3, max_new_tokens=40, do_sample=False, past_key_values=cache)
+        store = cache.groups[0].store
+        assert store is not None
+        store.check_integrity()
+        assert cache.receipt().seen == (69,) * 6
+        model(tokens(6, 5), past_key_values=cache)  # and another turn
+
+
+def test_a_policy_beyond_its_budget_is_stopped_before_it_corrupts_slots() -> None:
+    from kvpolicy import IntegrityError, Keep, Selector, View, select_top
+
+    @dataclass(frozen=True)
+    class KeepsAll(Selector):
+        def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
+            return (24,) * num_layers
+
+        def select(self, scores: Scores, view: View) -> Keep:
+            return replace(select_top(scores, view, view.budget), mask=view.valid)
+
+    model, ids = tiny("llama"), tokens(1, 60)
+    policy = Policy(Recency() >> KeepsAll(), interval=8, recent=8)
+    with EvictionCache(model, policy) as cache, pytest.raises(IntegrityError, match="kept another number of slots"):
+        model(ids, past_key_values=cache)
+    with EvictionCache(model, policy) as cache:
+        model(ids[:, :20], past_key_values=cache)
+        with pytest.raises(IntegrityError, match="kept another number of slots"):
+            decode(model, cache, ids[:, 20:])

@@ -10,7 +10,8 @@ import torch
 from kvpolicy import Attention, IntegrityError, KeyNorm, LayerSpec, ModelSpec, Policy, TopK
 from kvpolicy.eviction import LogitSpec, evict
 from kvpolicy.integrity import check_integrity
-from kvpolicy.store import Row, Store
+from kvpolicy.row import Row
+from kvpolicy.store import Store
 
 LOGITS = LogitSpec(0.5)
 

@@ -27,7 +27,8 @@ from kvpolicy import (
     ValueGuard,
 )
 from kvpolicy.eviction import LogitSpec, evict, fill_from
-from kvpolicy.store import Row, Store
+from kvpolicy.row import Row
+from kvpolicy.store import Store
 from tests.store.model import CacheModel, Recorder
 
 POLICIES = (

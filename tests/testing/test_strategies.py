@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvpolicy import ModelSpec, Policy, Prompt, Scores, Sinks, Tier, TopK, ValueGuard, View, select_top
 from kvpolicy.eviction import LogitSpec, evict
+from kvpolicy.row import Row
 from kvpolicy.scorers import AccumulatedAttention, KeyNorm
-from kvpolicy.store import Row, Store
+from kvpolicy.store import Store
 from kvpolicy.testing import RowSpec, ViewSpec, make_view, strategies, with_state
 from kvpolicy.testing.caches import same_as_ordered, scripts
 from kvpolicy.testing.changes import permuted_slots, selected_heads, selected_rows, widened

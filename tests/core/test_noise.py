@@ -19,10 +19,11 @@ from kvpolicy import (
     TopK,
     ValueNorm,
     View,
-    random,
+    noise,
 )
 from kvpolicy.eviction import LogitSpec, evict
-from kvpolicy.store import Row, Store
+from kvpolicy.row import Row
+from kvpolicy.store import Store
 from tests.core.views import view_of
 
 SPEC = LayerSpec(1, 1, 2, 2, 7, torch.float32, torch.device("cpu"))
@@ -33,7 +34,7 @@ def rows(n: int, heads: int = 1, slots: int = 6, **more: object) -> View:
 
 
 def bits(view: View, seed: int = 0, **options: bool) -> Tensor:
-    return random.uniform_bits(random.stream(view, seed, **options), view.positions.clamp(min=0))
+    return noise.uniform_bits(noise.stream(view, seed, **options), view.positions.clamp(min=0))
 
 
 def mix(x: int) -> int:
@@ -126,9 +127,9 @@ def test_it_depends_on_nothing_else() -> None:
 @pytest.mark.slow
 def test_compiled_integers_are_the_same() -> None:
     view = rows(3, 2, slots=64)
-    key = random.stream(view, 12345678901)
-    compiled = torch.compile(random.uniform_bits, fullgraph=True, backend="inductor")
-    assert torch.equal(compiled(key, view.positions), random.uniform_bits(key, view.positions))
+    key = noise.stream(view, 12345678901)
+    compiled = torch.compile(noise.uniform_bits, fullgraph=True, backend="inductor")
+    assert torch.equal(compiled(key, view.positions), noise.uniform_bits(key, view.positions))
 
 
 def test_bits_are_uniform_and_unrelated() -> None:
@@ -151,8 +152,8 @@ def test_bits_are_uniform_and_unrelated() -> None:
 
 def test_gumbel_and_normal_have_their_moments_and_tails() -> None:
     view = dataclasses.replace(rows(64, 4, slots=256), seed=torch.arange(64))
-    key = random.stream(view, 3)
-    g, z = random.gumbel(key, view.positions), random.normal(key, view.positions)
+    key = noise.stream(view, 3)
+    g, z = noise.gumbel(key, view.positions), noise.normal(key, view.positions)
     n = g.numel()
     assert torch.isfinite(g).all()
     assert torch.isfinite(z).all()
@@ -162,7 +163,7 @@ def test_gumbel_and_normal_have_their_moments_and_tails() -> None:
     assert abs(z.var().item() - 1) < 0.03
     assert abs((z**4).mean().item() - 3) < 0.2
     ends = torch.tensor([[[0, 2**32 - 1]]])
-    extremes = -torch.log(-torch.log1p(-random._unit(ends)))
+    extremes = -torch.log(-torch.log1p(-noise._unit(ends)))
     assert torch.isfinite(extremes).all()
     assert extremes.min() < -3
     assert extremes.max() > 22
