@@ -29,7 +29,9 @@ def number(
     """Refuse what is not a finite number from ``low`` (exclusive if ``above``) to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ParameterError(f"{_name(owner)}({name}={value!r}): {name} is a number, found {_kind(value)}")
-    if not math.isfinite(value) or value < low or (above and value <= low) or (high is not None and value > high):
+    if not math.isfinite(value):
+        raise ParameterError(f"{_name(owner)}({name}={value}): {name} must be finite")
+    if value < low or (above and value <= low) or (high is not None and value > high):
         least = f"above {low}" if above else f"at least {low}"
         most = "" if high is None else f" and at most {high}"
         raise ParameterError(f"{_name(owner)}({name}={value}): {name} must be {least}{most}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.compaction import compress
-from kvpolicy.integrity import insist_on_budget
+from kvpolicy.integrity import insist_on_keep
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
@@ -65,6 +65,7 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
         at = slice(start, min(start + step, total))
         view = _with_window(_rows_of(every, at), store, at)
         keep, state = store.policy.select(view, store.state_of(at))
+        insist_on_keep(keep, view, store.policy)
         store.remember(at, state)
         if limit > 0:
             store.compact(at, keep, view.lengths, torch.minimum(view.budget, view.lengths), limit)
@@ -165,7 +166,7 @@ def fill_from(
     )
     here = slice(index * len(after), (index + 1) * len(after))
     keep, state = store.policy.select(view, _state_of_turn(store, here, old, keys.shape[2] - old))
-    insist_on_budget(keep, by_head, store.policy)
+    insist_on_keep(keep, view, store.policy)
     in_order = order.to(torch.int64)
     survivors = compress(in_order, keep.mask.gather(-1, in_order), max(budgets), -1)
     store.fill(index, survivors, keys, values, positions, state)

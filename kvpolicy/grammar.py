@@ -92,6 +92,8 @@ class _Reader:
         function = target()
         positional = [self.read(arg) for arg in args]
         named = {keyword.arg: self.read(keyword.value) for keyword in keywords if keyword.arg is not None}
+        if len(named) < sum(keyword.arg is not None for keyword in keywords):
+            raise ParseError(f"{name} is given a parameter twice: write each once")
         signature = inspect.signature(function)
         for word in named:
             if word not in signature.parameters:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from kvpolicy.row import Row
     from kvpolicy.scores import Keep
     from kvpolicy.store import Store
+    from kvpolicy.view import View
 
-__all__ = ["check_integrity", "insist_on_budget", "settled_positions"]
+__all__ = ["check_integrity", "insist_on_keep", "settled_positions"]
 
 
 def check_integrity(store: Store) -> None:
@@ -161,19 +162,32 @@ def _refuse(where: str, what: str) -> NoReturn:
     raise IntegrityError(f"{where}: {what}")
 
 
-def insist_on_budget(keep: Keep, kept: Tensor, policy: EvictionPolicy) -> None:
-    """Stop a policy that keeps another number of slots than it must; on a GPU, without waiting.
+def insist_on_keep(keep: Keep, view: View, policy: EvictionPolicy) -> None:
+    """Stop a policy whose answer would corrupt slots; on a GPU, without waiting.
 
     Args:
         keep: what the policy said.
-        kept: ``[B, H]``, how many slots of each head must stay.
+        view: what it was shown.
         policy: to be named.
 
     Raises:
-        IntegrityError: in some head, another number of slots would stay; nothing was changed.
+        IntegrityError: in some head another number of slots than ``min(budget, tokens)`` would
+            stay, a free slot or not all of the last tokens, or the victims are others than those
+            that the mask drops; nothing was changed.
     """
-    right = (keep.mask.sum(-1) == kept).all()
-    text = f"{policy!r} kept another number of slots than min(budget, tokens) in some head: run check_policy on it"
+    kept = torch.minimum(view.budget, view.lengths)
+    right = (keep.mask.sum(-1) == kept).all() & (keep.mask <= view.valid).all()
+    right &= (keep.mask | view.candidates | ~view.valid).all()
+    if keep.victims is not None:
+        size = view.shape[2]
+        slots = torch.where(keep.victims < 0, size, keep.victims)  # padding goes to a place that is cut off
+        named = torch.zeros(*slots.shape[:-1], size + 1, dtype=torch.bool, device=slots.device)
+        named = named.scatter(-1, slots, True)[..., :size]
+        right &= (named == (view.valid & ~keep.mask)).all()
+    text = (
+        f"{policy!r} did not keep exactly min(budget, tokens) slots of every head, the last {view.recent} tokens among "
+        "them, or named other victims: run kvpolicy.testing.check_policy on it"
+    )
     if right.device.type != "cpu":
         torch._assert_async(right, text)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(right):

@@ -28,6 +28,11 @@ class ModelSpec:
     num_layers: int
     max_new_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        _check.integer(self, "num_layers", self.num_layers, 1)
+        if self.max_new_tokens is not None:
+            _check.integer("EvictionCache", "max_new_tokens", self.max_new_tokens, 1)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -46,6 +51,16 @@ class LayerPlan:
     interval: int | None
     recent: int
     window: int
+
+    def __post_init__(self) -> None:
+        for name, low in (("budget", 1), ("capacity", 1), ("recent", 1), ("window", 0)):
+            _check.integer(self, name, getattr(self, name), low)
+        if self.interval is not None:
+            _check.integer(self, "interval", self.interval, 1)
+        if self.recent >= self.budget or self.capacity < self.budget + (self.interval or 1):
+            raise BudgetError(
+                f"{self}: the budget must be larger than recent, and the capacity at least budget + interval"
+            )
 
 
 @dataclass(frozen=True)

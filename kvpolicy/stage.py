@@ -80,6 +80,10 @@ class Stage:
         """
         return call_text(self, full=full)
 
+    def __bool__(self) -> NoReturn:
+        """Refuse: ``and``, ``or`` and ``not`` would drop a stage."""
+        raise CompositionError(f"{self!r} is neither true nor false: compose with >>, + and maximum(), not and, or")
+
     def __rrshift__(self, other: NoReturn) -> NoReturn:
         """Refuse: what stands before a stage is a stage, and not its class."""
         _refuse(other, self, _why_not(other, self))
@@ -117,6 +121,8 @@ def _refuse(left: object, right: object, why: str) -> NoReturn:
 
 def _why_not(left: object, right: object) -> str:
     """Explain why ``left >> right`` is not a chain, and what to write instead."""
+    if isinstance(left, Chain | Selector) and isinstance(right, Chain | Selector):
+        return "a chain has one selector, at its end; write one of them"
     if isinstance(left, Chain | Selector):
         return f"{left!r} is a selector, and a selector ends a chain; put {describe(right)} before it"
     if isinstance(right, Scorer):

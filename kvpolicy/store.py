@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvpolicy.compaction import move_, moves, reorder_after
 from kvpolicy.errors import UsageError
-from kvpolicy.integrity import insist_on_budget
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.scores import Keep
@@ -257,7 +256,6 @@ class Store:
             kept: ``[rows, H]`` survivors.
             limit: the largest ``lengths - kept``, known on the host.
         """
-        insist_on_budget(keep, kept, self.policy)
         positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
         order.copy_(reorder_after(order, keep.mask, source, target))

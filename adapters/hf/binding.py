@@ -48,6 +48,8 @@ def survey(model: nn.Module) -> Survey:
         raise UnsupportedError(f"{name} is an encoder-decoder; only decoders are supported")
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedError(f"{name} caches latents (multi-head latent attention), which is not supported yet")
+    if not any(getattr(module, "is_causal", False) for module in model.modules()):
+        raise UnsupportedError(f"{name} attends in both directions; only decoders are supported")
     layers = list(DynamicCache(config=config).layers)
     evicting = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     skipped = {i: type(layer).__name__ for i, layer in enumerate(layers) if i not in evicting}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvpolicy import _check
 from kvpolicy.adapters.hf import binding
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens
 from kvpolicy.adapters.hf.layer import EvictionLayer
@@ -70,6 +71,7 @@ class EvictionCache(Cache):
         workspace: int = DEFAULT_WORKSPACE,
     ) -> None:
         found = binding.survey(model)
+        _check.integer("EvictionCache", "workspace", workspace, 1)
         self.policy, self.workspace = _checked(policy), workspace
         self.config = model.config.get_text_config(decoder=True)
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
@@ -156,6 +158,8 @@ class EvictionCache(Cache):
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take new keys and values of one layer; return what the new tokens attend to."""
+        if not self._release.alive:
+            raise UsageError("this EvictionCache was unbound, as its with block ended; make a new one for the model")
         if self._step is None:
             raise UsageError(
                 "an EvictionCache works inside the forward pass of the model that it is bound to; "
@@ -295,10 +299,10 @@ def _checked(policy: EvictionPolicy) -> EvictionPolicy:
 def _integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     if given is None:
         return None
-    numbers = list(given)
+    numbers = list(given) if isinstance(given, Sequence) else [None]
     if not all(isinstance(n, int) and not isinstance(n, bool) and -(2**63) <= n < 2**63 for n in numbers):
         raise BindError(f"{name}={given!r}: write one 64-bit integer for each row of the batch")
-    return numbers
+    return [int(n) for n in numbers if n is not None]
 
 
 def _by_layer(plan: Plan, evicting: tuple[int, ...]) -> dict[int, LayerPlan | None]:

@@ -95,7 +95,7 @@ class Step:
         if group.store is None:
             heads, dim, value_dim, dtype, device = shape
             config = self.cache.config
-            group_size = config.num_attention_heads // config.num_key_value_heads
+            group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
             spec = LayerSpec(heads, heads * group_size, dim, value_dim, group.plan.capacity, dtype, device)
             rows = [Row(request=request, seed=seed) for request, seed in self.cache.new_seeds(len(self.counts))]
             group.store = Store(self.cache.policy, group.plan, spec, group.layers, rows)
@@ -214,6 +214,15 @@ def open_step(cache: EvictionCache, arguments: dict[str, Any]) -> Step:
     if arguments.get("output_attentions"):
         raise UsageError("evicted tokens have no attention weights to show: leave output_attentions out")
     requests, width = tokens.shape[0], tokens.shape[1]
+    if not width:
+        raise UsageError(
+            "there is no new token: reset() the cache for a new prompt, or give the whole conversation and what is new"
+        )
+    if arguments.get("use_cache") is False:
+        raise UsageError("use_cache=False asks for no cache: leave it out, or leave past_key_values out")
+    if not cache.columns and requests != cache.num_requests:
+        for group in cache.groups:  # nothing is held: a new batch may have another size
+            group.store = None
     if cache.num_requests and requests != cache.num_requests:
         raise UsageError(
             f"the cache holds {cache.num_requests} requests, and the batch has {requests} rows; "

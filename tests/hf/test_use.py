@@ -318,7 +318,7 @@ def test_misuse_of_a_bound_cache_is_refused_and_loses_nothing() -> None:
             model(ids[:, :1], past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)
         assert cache.receipt().seen == (31, 31)
-    with pytest.raises(UsageError, match="works inside"):
+    with pytest.raises(UsageError, match="was unbound, as its with block ended"):
         model(ids[:, :1], past_key_values=cache)
 
 
@@ -552,9 +552,43 @@ def test_a_policy_beyond_its_budget_is_stopped_before_it_corrupts_slots() -> Non
 
     model, ids = tiny("llama"), tokens(1, 60)
     policy = Policy(Recency() >> KeepsAll(), interval=8, recent=8)
-    with EvictionCache(model, policy) as cache, pytest.raises(IntegrityError, match="kept another number of slots"):
+    with EvictionCache(model, policy) as cache, pytest.raises(IntegrityError, match="did not keep exactly"):
         model(ids, past_key_values=cache)
     with EvictionCache(model, policy) as cache:
         model(ids[:, :20], past_key_values=cache)
-        with pytest.raises(IntegrityError, match="kept another number of slots"):
+        with pytest.raises(IntegrityError, match="did not keep exactly"):
             decode(model, cache, ids[:, 20:])
+
+
+def test_reset_frees_the_size_of_the_batch() -> None:
+    model = tiny("llama")
+    with EvictionCache(model, SMALL) as cache:
+        model(tokens(1, 40), past_key_values=cache)
+        cache.reset()
+        model(tokens(3, 40), past_key_values=cache)
+        assert cache.receipt().seen == (40, 40, 40)
+
+
+def test_models_without_grouped_heads() -> None:
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
+    model, ids = GPT2LMHeadModel(config).double().eval(), tokens(1, 40)
+    oracle = Oracle(model, SMALL)
+    with EvictionCache(model, SMALL) as cache:
+        for step in [ids, *tokens(1, 30, 4).split(1, 1)]:
+            expected = oracle.forward(step)
+            assert (model(step, past_key_values=cache).logits[:, -1] - expected).abs().max() <= 1e-9
+    small = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    with pytest.raises(UnsupportedError, match="both directions"):
+        EvictionCache(BertModel(small), SMALL)
+
+
+def test_no_token_and_no_cache() -> None:
+    model = tiny("llama")
+    with EvictionCache(model, SMALL) as cache:
+        with pytest.raises(UsageError, match="there is no new token"):
+            model(tokens(1, 0), past_key_values=cache)
+        with pytest.raises(UsageError, match="use_cache=False"):
+            model(tokens(1, 5), past_key_values=cache, use_cache=False)
