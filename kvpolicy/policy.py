@@ -53,7 +53,7 @@ class LayerPlan:
     window: int
 
     def __post_init__(self) -> None:
-        for name, low in (("budget", 1), ("capacity", 1), ("recent", 1), ("window", 0)):
+        for name, low in (("budget", 1), ("capacity", 1), ("recent", 0), ("window", 0)):
             _check.integer(self, name, getattr(self, name), low)
         if self.interval is not None:
             _check.integer(self, "interval", self.interval, 1)
