@@ -95,7 +95,7 @@ def generate(
     run, receipt = _run_policy(loaded, inputs, chosen, sampling)
     _warn_if_idle(receipt, chosen)
     if compare:
-        _compare(loaded, inputs, sampling, run, receipt)
+        _compare(loaded, inputs, sampling, chosen, run, receipt)
     console.note(str(receipt), style="dim")
     console.note(run.timing(), style="dim")
 
@@ -148,7 +148,9 @@ def _run_policy(loaded: Loaded, inputs: dict[str, Any], policy: Policy, sampling
         return run(loaded, inputs, cache, sampling), cache.receipt()
 
 
-def _compare(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, run: Run, receipt: Receipt) -> None:
+def _compare(
+    loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, chosen: Policy, run: Run, receipt: Receipt
+) -> None:
     from kvpolicy.cli.compare import Measured, run_full, table
 
     console.rule("full cache")
@@ -156,7 +158,9 @@ def _compare(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, run: Ru
     ours = Measured(run, receipt.nbytes + receipt.other_nbytes)
     console.stdout().print()
     console.stdout().print(table(loaded.tokenizer, ours, full))
-    if ours.nbytes >= full.nbytes:
+    if ours.nbytes >= full.nbytes and chosen.interval is None:
+        console.warn("the prompt is too short to save memory: this policy evicts from the prompt alone")
+    elif ours.nbytes >= full.nbytes:
         held = inputs["input_ids"].shape[-1] + len(full.run.tokens) - 1
         console.warn(
             "the run is too short to save memory: a policy's slots are allocated at once, and "
@@ -166,7 +170,8 @@ def _compare(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, run: Ru
 
 def _warn_if_idle(receipt: Receipt, policy: Policy) -> None:
     if not any(receipt.evictions):
+        more = "" if policy.interval is None else "ask for more with --max-new-tokens, or "
         console.warn(
             f"nothing was evicted: the run held {max(receipt.seen):,} tokens, which {policy!r} "
-            "keeps whole; ask for more with --max-new-tokens, or give the policy a smaller budget"
+            f"keeps whole; {more}give the policy a smaller budget"
         )
