@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,9 +15,10 @@ from transformers.cache_utils import Cache
 
 from kvpolicy import _check
 from kvpolicy.adapters.hf import binding
-from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens
+from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.layer import EvictionLayer
-from kvpolicy.adapters.hf.step import Group, Step, open_step
+from kvpolicy.adapters.hf.group import Group
+from kvpolicy.adapters.hf.step import Step, open_step
 from kvpolicy.errors import BindError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.receipt import Receipt
@@ -40,9 +42,16 @@ class EvictionCache(Cache):
 
     Args:
         model: a decoder of transformers.
-        policy: what to keep; any :class:`~kvpolicy.EvictionPolicy`.
+        policy: what to keep; any :class:`~kvpolicy.EvictionPolicy`, or one for each row of the batch.
         max_new_tokens: tokens decoded at most, needed by policies that evict at the end of a turn
             only (``interval=None``), whose slots must hold them all.
+        max_draft_tokens: tokens that assisted or prompt-lookup decoding may draft at once. Each layer
+            holds as many slots and queries more. A later forward pass of at most one token more is
+            then a draft: what :meth:`crop` leaves of it counts as decoded, and is evicted only then.
+            Of a longer pass, the last so many tokens count as decoded, since they may be drafts.
+        prompt_length: columns of the prompt, pads among them, where the first token after it cannot
+            tell: a prompt given in chunks whose last one is a single token, or known text behind it
+            that several tokens at a time are fed of. All that follows counts as decoded.
         seeds: of each request's randomness; all 0 by default, so that a row of a batch equals its
             own single run.
         requests: names of the requests, integers that key randomness beside the seeds; all 0 by
@@ -63,31 +72,39 @@ class EvictionCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: EvictionPolicy,
+        policy: EvictionPolicy | Sequence[EvictionPolicy],
         *,
         max_new_tokens: int | None = None,
+        max_draft_tokens: int = 0,
+        prompt_length: int | None = None,
         seeds: Sequence[int] | None = None,
         requests: Sequence[int] | None = None,
         workspace: int = DEFAULT_WORKSPACE,
     ) -> None:
         found = binding.survey(model)
         _check.integer("EvictionCache", "workspace", workspace, 1)
-        self.policy, self.workspace = _checked(policy), workspace
+        _check.integer("EvictionCache", "max_draft_tokens", max_draft_tokens, 0)
+        if prompt_length is not None:
+            _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
+        self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
+        self.policies = _checked(policy)
         self.config = model.config.get_text_config(decoder=True)
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
-        plans = policy.plan(ModelSpec(len(found.evicting), max_new_tokens))
-        by_layer = _by_layer(plans, found.evicting)
+        spec = ModelSpec(len(found.evicting), max_new_tokens)
+        by_layer = _by_layer([one.plan(spec) for one in self.policies], found.evicting)
         self.skipped = {
             **found.skipped,
-            **{i: "left alone by its budget" for i, p in by_layer.items() if p is None},
+            **{i: "left alone by its budget" for i, plans in by_layer.items() if plans is None},
         }
         self.groups = [
-            Group(tuple(same), plan) for group in found.groups for plan, same in _by_plan(group, by_layer).items()
+            Group(tuple(same), plans, len(found.layers), workspace)
+            for group in found.groups
+            for plans, same in _by_plan(group, by_layer).items()
         ]
         self._group_of = {layer: group for group in self.groups for layer in group.layers}
         if not self._group_of:
             raise UnsupportedError(
-                f"{policy!r} leaves every layer of {type(model).__name__} alone: nothing would evict"
+                f"{_names(self.policies)} leaves every layer of {type(model).__name__} alone: nothing would evict"
             )
         layers: list[Any] = [
             EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)
@@ -138,6 +155,20 @@ class EvictionCache(Cache):
         store = self.groups[0].store
         return [] if store is None else [row.evictions for row in store.rows]
 
+    def policy_of(self, request: int) -> EvictionPolicy:
+        """Return what a row of the batch follows."""
+        return self.policies[request if len(self.policies) > 1 else 0]
+
+    def until_eviction(self) -> int:
+        """Return how many tokens can be decoded before an eviction is due in some row."""
+        left = [sys.maxsize]
+        for group in self.groups:
+            if group.store is not None:
+                for row, plan in zip(group.store.rows, group.store.plans, strict=True):
+                    if plan.interval is not None:
+                        left.append(plan.interval - row.decoded % plan.interval)
+        return min(left)
+
     def evicts(self, layer: int) -> bool:
         """Return whether a layer evicts."""
         return layer in self._group_of
@@ -150,11 +181,15 @@ class EvictionCache(Cache):
             raise UsageError("this EvictionCache was unbound; make a new one for the model")
         if decoder is not self._decoder_binding.decoder:
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
-        if self._failed:
-            raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
+        self._check_whole()
+        self._settle()
         self._step = open_step(self, arguments)
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
+
+    def _check_whole(self) -> None:
+        if self._failed:
+            raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take new keys and values of one layer; return what the new tokens attend to."""
@@ -186,10 +221,11 @@ class EvictionCache(Cache):
                 raise UnsupportedError(f"layer {layer} attends with {name}, which slots without order cannot honour")
         group = self._group_of[layer]
         visible = step.visible(group)
-        if step.decoding:
-            out = one_token(module, function, original, query, key, value, visible, **kwargs)
+        if not step.decoding:
+            out = turn(module, function, original, query, key, value, visible, mask, **kwargs)
         else:
-            out = several_tokens(module, function, original, query, key, value, mask, visible, **kwargs)
+            attend = one_token if step.width == 1 else several_tokens
+            out = attend(module, function, original, query, key, value, visible, **kwargs)
         step.attended(group, layer, query, key, value, kwargs)
         return out
 
@@ -197,7 +233,7 @@ class EvictionCache(Cache):
         """Make the step count, and evict where it is due; the model's hook calls it."""
         assert self._step is not None
         self._failed = True
-        self._step.commit(self.policy)
+        self._step.commit()
         self.columns += self._step.width
         self.last = self._step.last
         self._step, self._failed = None, False
@@ -208,6 +244,7 @@ class EvictionCache(Cache):
         """Forget everything, keeping the slots, so that the cache can be used again."""
         super().reset()
         for group in self.groups:
+            group.unsettled = None
             if group.store is not None:
                 group.store.reset()
         self.columns, self.last, self._step, self._failed = 0, None, None, False
@@ -222,12 +259,50 @@ class EvictionCache(Cache):
                 group.store.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: tokens cannot be taken back here yet."""
-        raise UnsupportedError("assisted decoding and crop() are not supported by EvictionCache yet")
+        """Take back the newest tokens, as if they had never been given, then evict where it is due.
+
+        Args:
+            tokens_to_remove: how many, as a negative number or 0. A positive number is the columns
+                that stay, as older versions of transformers say it.
+
+        Raises:
+            UsageError: tokens so old that some heads have evicted some of them; nothing was changed.
+        """
+        count = self.columns - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        stores = [group.store for group in self.groups if group.store is not None]
+        if not stores:
+            raise UsageError(f"crop({tokens_to_remove}): no token has been seen yet")
+        self._check_whole()
+        for store in stores:
+            store.check_crop([count] * len(store.rows))
+        for layer in self.layers:
+            if not isinstance(layer, EvictionLayer):
+                layer.crop(tokens_to_remove)
+        for store in stores:
+            store.crop([count] * len(store.rows))
+        self.columns -= count
+        self.last = None if self.last is None else self.last - count
+        self._settle()
+
+    def _settle(self) -> None:
+        """Evict where it is due, now that no more drafts will be taken back."""
+        for group in self.groups:
+            group.settle()
 
     def activate_past_recording(self) -> None:
-        """Refuse: drafts cannot be taken back here yet."""
-        self.crop(0)
+        """Prepare for drafts, as assisted decoding asks.
+
+        Raises:
+            UnsupportedError: no slots were set aside for them.
+        """
+        if not self.max_draft_tokens:
+            raise UnsupportedError(
+                "assisted and prompt-lookup decoding draft tokens and take some back, and no slots were set aside for "
+                "them; write EvictionCache(..., max_draft_tokens=20), at least as many as are drafted at once"
+            )
+        for layer in self.layers:
+            if not isinstance(layer, EvictionLayer) and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     # Proof
 
@@ -243,11 +318,10 @@ class EvictionCache(Cache):
         if not stores:
             raise UsageError("no token has been seen yet: there is nothing to prove")
         rows = stores[0].rows
-        text = self.policy.text(full=True) if isinstance(self.policy, Policy) else repr(self.policy)
         broken = torch.stack([store.broken.view(-1, len(rows)).sum(0).cpu() for store in stores]).sum(0)
         kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
         return Receipt(
-            policy=(text,) * len(rows),
+            policy=tuple(_text(self.policy_of(r)) for r in range(len(rows))),
             version=__version__,
             seen=tuple(row.seen for row in rows),
             slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),
@@ -255,6 +329,7 @@ class EvictionCache(Cache):
             evictions=tuple(row.evictions for row in rows),
             guards_broken=tuple(broken.tolist()),
             nbytes=sum(store.nbytes() for store in stores),
+            turn_nbytes=max(group.turn_nbytes for group in self.groups),
             window_nbytes=sum(store.window.nbytes() for store in stores),
             other_nbytes=sum(_held(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
             layers=tuple(sorted(self._group_of)),
@@ -268,6 +343,8 @@ class EvictionCache(Cache):
         Raises:
             UsageError: ``seeds`` or ``requests`` were given for another number.
         """
+        if len(self.policies) not in (1, requests):
+            raise UsageError(f"there are {len(self.policies)} policies, and the batch has {requests} rows: one each")
         columns = []
         for name, given in (("requests", self._requests), ("seeds", self._seeds)):
             if given is not None and len(given) != requests:
@@ -276,7 +353,20 @@ class EvictionCache(Cache):
         return list(zip(*columns, strict=True))
 
 
-def _checked(policy: EvictionPolicy) -> EvictionPolicy:
+def _checked(policy: EvictionPolicy | Sequence[EvictionPolicy]) -> tuple[EvictionPolicy, ...]:
+    """Return the policies, one object for equal ones, or say why one of them cannot be followed here."""
+    if isinstance(policy, Sequence) and not isinstance(policy, str):
+        if not policy:
+            raise BindError("an empty list of policies: give one policy, or one for each row of the batch")
+        found: list[EvictionPolicy] = []
+        for one in policy:
+            same = next((other for other in found if other == one), one)
+            found.append(_checked_one(same))
+        return tuple(found)
+    return (_checked_one(policy),)
+
+
+def _checked_one(policy: EvictionPolicy) -> EvictionPolicy:
     """Return the policy, or say why it is none, or why transformers cannot give what it needs."""
     if isinstance(policy, Stage | Chain):
         raise BindError(f"{policy!r} is not a policy yet; write Policy({policy!r})")
@@ -296,6 +386,14 @@ def _checked(policy: EvictionPolicy) -> EvictionPolicy:
     return policy
 
 
+def _names(policies: Sequence[EvictionPolicy]) -> str:
+    return " and ".join(dict.fromkeys(repr(policy) for policy in policies))
+
+
+def _text(policy: EvictionPolicy) -> str:
+    return policy.text(full=True) if isinstance(policy, Policy) else repr(policy)
+
+
 def _integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     if given is None:
         return None
@@ -305,18 +403,34 @@ def _integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     return [int(n) for n in numbers if n is not None]
 
 
-def _by_layer(plan: Plan, evicting: tuple[int, ...]) -> dict[int, LayerPlan | None]:
-    if len(plan.layers) != len(evicting):
-        raise BindError(f"the policy planned {len(plan.layers)} layers, and the model has {len(evicting)} that evict")
-    return dict(zip(evicting, plan.layers, strict=True))
+def _by_layer(plans: Sequence[Plan], evicting: tuple[int, ...]) -> dict[int, tuple[LayerPlan, ...] | None]:
+    """Return the plans of each layer, one a policy, or None where it is left alone."""
+    found: dict[int, tuple[LayerPlan, ...] | None] = {}
+    for plan in plans:
+        if len(plan.layers) != len(evicting):
+            raise BindError(
+                f"the policy planned {len(plan.layers)} layers, and the model has {len(evicting)} that evict"
+            )
+    for number, layer in enumerate(evicting):
+        of_layer = tuple(plan.layers[number] for plan in plans)
+        given = tuple(one for one in of_layer if one is not None)
+        if given and len(given) < len(of_layer):
+            raise UnsupportedError(
+                f"one policy of the batch leaves layer {layer} alone and another does not; policies of one batch must "
+                "leave the same layers alone"
+            )
+        found[layer] = given or None
+    return found
 
 
-def _by_plan(group: tuple[int, ...], by_layer: dict[int, LayerPlan | None]) -> dict[LayerPlan, list[int]]:
-    same: dict[LayerPlan, list[int]] = {}
+def _by_plan(
+    group: tuple[int, ...], by_layer: dict[int, tuple[LayerPlan, ...] | None]
+) -> dict[tuple[LayerPlan, ...], list[int]]:
+    same: dict[tuple[LayerPlan, ...], list[int]] = {}
     for layer in group:
-        plan = by_layer[layer]
-        if plan is not None:
-            same.setdefault(plan, []).append(layer)
+        plans = by_layer[layer]
+        if plans is not None:
+            same.setdefault(plans, []).append(layer)
     return same
 
 
