@@ -54,6 +54,7 @@ class Oracle:
         self.pads: Tensor | None = None
         self.history: list[dict[int, Tensor]] = []
         self.unsettled: dict[int, tuple[Tensor, Tensor, Any]] = {}
+        self.in_prompt = True
         self.turn_done = False  # a turn was cut, but for the tokens that may be drafts
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -67,8 +68,9 @@ class Oracle:
         self.tail = 0 if self.decoding else min(self.drafts, int(new.sum(1).min()) - 1)
         self.settled = self.decoded if self.decoding else 0
         self.decoded = self.decoded + width if self.decoding else self.tail
-        if not self.decoding and len(self.prompt) == 0:
-            self.prompt = new.sum(1) - self.tail
+        if not self.decoding and self.in_prompt:
+            self.prompt = self.valid.sum(1) - self.tail
+        self.in_prompt = not self.decoding and not self.tail
         before, original = self.model.get_decoder(), self.model.config._attn_implementation
         before.set_attn_implementation("oracle")
         _current.append(self)
