@@ -89,6 +89,12 @@ def _counts(mask: Any, columns: int, width: int, seen: list[int]) -> list[int]:
         if any(one != columns for one in seen):
             raise UsageError("some rows were padded: pass the attention_mask with every later call, too")
         return [width] * len(seen)
+    if isinstance(mask, dict):  # one for each kind of layer, as generate() makes them for static caches
+        mask = mask.get("full_attention")
+        if mask is None:
+            return _counts(None, columns, width, seen)
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        return _counts_of_causal(mask, width, len(seen))
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise UsageError("an EvictionCache takes a two-dimensional attention_mask, of ones and zeros, or none")
     if tuple(mask.shape) != (len(seen), columns + width):
@@ -110,3 +116,19 @@ def _counts(mask: Any, columns: int, width: int, seen: list[int]) -> list[int]:
                 f"{seen[r]}; tokens cannot be hidden later"
             )
     return [int(count) for count in counts]
+
+
+def _counts_of_causal(mask: Tensor, width: int, requests: int) -> list[int]:
+    """Return the new tokens of each row from the mask that ``generate()`` makes of a two-dimensional one."""
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    if visible.shape[1:] == (1, width, width):
+        valid = visible[:, 0, -1].expand(requests, -1)  # the last token sees every other
+        causal = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
+        right = ((visible[:, 0] == (causal & valid[:, None])) | ~valid[..., None]).all()
+        if bool(right & valid[:, -1].all() & (valid.to(torch.int8).diff(dim=1) >= 0).all()):
+            return [int(count) for count in valid.sum(1).tolist()]
+    raise UsageError(
+        f"attention_mask is {tuple(mask.shape)}; of four-dimensional masks, an EvictionCache takes a causal one with "
+        f"pads on the left, of the {width} new columns alone: ({requests}, 1, {width}, {width}); better give a "
+        "two-dimensional one of ones and zeros"
+    )

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from kvpolicy.adapters.hf.attention import CACHE, SUPPORTED, register
 from kvpolicy.errors import UnsupportedError
 
 __all__ = ["Binding", "Survey", "bind", "survey"]
+
+
+_UNBOUNDED = 2**30  #: tokens that a static sliding layer may see: its window is what bounds it
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,12 @@ class Survey:
     groups: tuple[tuple[int, ...], ...]
 
 
-def survey(model: nn.Module) -> Survey:
+def survey(model: nn.Module, *, static: bool = False) -> Survey:
     """Return what the layers of a model are.
+
+    Args:
+        model: of transformers.
+        static: layers left alone have fixed shapes, too.
 
     Raises:
         UnsupportedError: this model cannot evict correctly; the message says why.
@@ -53,6 +60,8 @@ def survey(model: nn.Module) -> Survey:
     layers = list(DynamicCache(config=config).layers)
     evicting = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     skipped = {i: type(layer).__name__ for i, layer in enumerate(layers) if i not in evicting}
+    if static:  # layers allocate when the first tokens come, so those that evict never do
+        layers = list(StaticCache(config=config, max_cache_len=_UNBOUNDED).layers)
     for i, kind in skipped.items():
         if ("Sliding" not in kind and "Linear" not in kind) or "And" in kind:
             raise UnsupportedError(f"layer {i} of {name} is a {kind}, which is not supported yet")
@@ -159,14 +168,13 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         cache.finish()
 
 
-@runtime_checkable
-class Evicting(Protocol):
+class Evicting:
     """Be what the hooks ask of a cache, once before and once after each forward pass."""
 
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step."""
-        ...
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Make the step count, and evict where it is due."""
-        ...
+        raise NotImplementedError

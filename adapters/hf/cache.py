@@ -18,6 +18,7 @@ from kvpolicy.adapters.hf import binding
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.group import Group
+from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.adapters.hf.step import Step, open_step
 from kvpolicy.errors import BindError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
@@ -30,7 +31,7 @@ __all__ = ["EvictionCache"]
 _OFFERS = frozenset({"queries", "every_query", "cross_heads"})
 
 
-class EvictionCache(Cache):
+class EvictionCache(Cache, binding.Evicting):
     """Keep a fixed number of key-value pairs for each head, and forget the rest as a policy says.
 
     Pass it as ``past_key_values`` to the model that it is bound to, or to ``model.generate()``.
@@ -52,6 +53,8 @@ class EvictionCache(Cache):
         prompt_length: columns of the prompt, pads among them, where the first token after it cannot
             tell: a prompt given in chunks whose last one is a single token, or known text behind it
             that several tokens at a time are fed of. All that follows counts as decoded.
+        static: let decoding have fixed shapes, so that ``torch.compile`` and ``generate()`` make one
+            graph of it; all slots are attended to, and those in use are told by a mask.
         seeds: of each request's randomness; all 0 by default, so that a row of a batch equals its
             own single run.
         requests: names of the requests, integers that key randomness beside the seeds; all 0 by
@@ -77,15 +80,17 @@ class EvictionCache(Cache):
         max_new_tokens: int | None = None,
         max_draft_tokens: int = 0,
         prompt_length: int | None = None,
+        static: bool = False,
         seeds: Sequence[int] | None = None,
         requests: Sequence[int] | None = None,
         workspace: int = DEFAULT_WORKSPACE,
     ) -> None:
-        found = binding.survey(model)
+        found = binding.survey(model, static=static)
         _check.integer("EvictionCache", "workspace", workspace, 1)
         _check.integer("EvictionCache", "max_draft_tokens", max_draft_tokens, 0)
         if prompt_length is not None:
             _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
+        self.static = static
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
         self.policies = _checked(policy)
         self.config = model.config.get_text_config(decoder=True)
@@ -111,6 +116,8 @@ class EvictionCache(Cache):
         ]
         super().__init__(layers=layers)
         self.columns = 0
+        self.columns_seen = torch.zeros((), dtype=torch.int64, device=model.device)
+        self._ran = False
         self.last: Tensor | None = None
         self._step: Step | None = None
         self._failed = False
@@ -177,6 +184,10 @@ class EvictionCache(Cache):
 
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step; the model's hook calls it before each forward pass."""
+        if torch.compiler.is_compiling():
+            self._begin_compiled(arguments)
+            return
+        self.step()
         if not self._release.alive:
             raise UsageError("this EvictionCache was unbound; make a new one for the model")
         if decoder is not self._decoder_binding.decoder:
@@ -187,12 +198,42 @@ class EvictionCache(Cache):
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
 
+    def _begin_compiled(self, arguments: dict[str, Any]) -> None:
+        """Check what a graph depends on; whatever is read here is a guard of the graph."""
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if not self.static:
+            raise UsageError("compiled code needs fixed shapes; write EvictionCache(..., static=True)")
+        if tokens.shape[1] != 1 or self.groups[0].static is None:
+            raise UsageError("compile one-token steps alone: give the prompt to the model itself")
+        if self._ran or self._failed:
+            raise UsageError("the last compiled step does not count yet; call cache.step() after each")
+
+    def step(self) -> None:
+        """Make a compiled step count, and evict where it is due.
+
+        ``generate()`` has it called by looking at the cache before each step; whoever calls
+        compiled code calls it after each token. Without a compiled step it does nothing.
+        """
+        if not self._ran:
+            return
+        self._ran = False
+        self._settle()
+        self._step = Step(self, 1, [1] * self.num_requests, decoding=True)
+        self._step.attended_all()
+        if self.last is not None:
+            self._step.last = self.last + 1
+        self._finish()
+
     def _check_whole(self) -> None:
         if self._failed:
             raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take new keys and values of one layer; return what the new tokens attend to."""
+        if torch.compiler.is_compiling():
+            group = self._group_of[layer]
+            return group.static.take(group.index(layer), keys, values)
         if not self._release.alive:
             raise UsageError("this EvictionCache was unbound, as its with block ended; make a new one for the model")
         if self._step is None:
@@ -215,11 +256,16 @@ class EvictionCache(Cache):
     ) -> Any:
         """Attend, then let the layer remember its queries and, at the end of a turn, evict."""
         step, layer = self._step, int(module.layer_idx)  # type: ignore[arg-type]
-        assert step is not None
         for name in ("sliding_window", "position_bias"):
             if kwargs.get(name) is not None:
                 raise UnsupportedError(f"layer {layer} attends with {name}, which slots without order cannot honour")
         group = self._group_of[layer]
+        if torch.compiler.is_compiling():
+            static = group.static
+            assert static is not None
+            static.observe(group.index(layer), query)
+            return one_token(module, function, original, query, key, value, static.visible(), **kwargs)
+        assert step is not None
         visible = step.visible(group)
         if not step.decoding:
             out = turn(module, function, original, query, key, value, visible, mask, **kwargs)
@@ -231,17 +277,36 @@ class EvictionCache(Cache):
 
     def finish(self) -> None:
         """Make the step count, and evict where it is due; the model's hook calls it."""
+        if torch.compiler.is_compiling():
+            self._ran = True  # whatever the host does next with this cache counts the step first
+            return
+        self._finish()
+
+    def _finish(self) -> None:
         assert self._step is not None
         self._failed = True
         self._step.commit()
         self.columns += self._step.width
         self.last = self._step.last
         self._step, self._failed = None, False
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Tell compiled code where the next tokens go."""
+        if not self.static:
+            return
+        self.columns_seen.fill_(self.columns)
+        for group in self.groups:
+            if group.static is None or group.static.store is not group.store:
+                assert group.store is not None
+                group.static = StaticSlots(group.store)
+            group.static.refresh()
 
     # What transformers calls between steps
 
     def reset(self) -> None:
         """Forget everything, keeping the slots, so that the cache can be used again."""
+        self._ran = False
         super().reset()
         for group in self.groups:
             group.unsettled = None
@@ -251,6 +316,7 @@ class EvictionCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by the one that ``beam_idx`` names."""
+        self.step()
         super().reorder_cache(beam_idx)
         if self.last is not None:
             self.last = self.last.index_select(0, beam_idx.to(self.last.device))
@@ -268,6 +334,7 @@ class EvictionCache(Cache):
         Raises:
             UsageError: tokens so old that some heads have evicted some of them; nothing was changed.
         """
+        self.step()
         count = self.columns - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         stores = [group.store for group in self.groups if group.store is not None]
         if not stores:
@@ -314,6 +381,7 @@ class EvictionCache(Cache):
         """
         from kvpolicy import __version__
 
+        self.step()
         stores = [group.store for group in self.groups if group.store is not None]
         if not stores:
             raise UsageError("no token has been seen yet: there is nothing to prove")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.eviction import LogitSpec, evict
 from kvpolicy.policy import LayerPlan
@@ -31,6 +32,7 @@ class Group:
         logits: what each layer's attention was last called with.
         unsettled: the rows as they were before tokens that may still be taken back, and whether
             those end a turn that was not cut.
+        static: where compiled code finds the next slots, or None.
         turn_nbytes: what the largest turn so far held of one layer, besides the slots.
     """
 
@@ -41,6 +43,7 @@ class Group:
     store: Store | None = None
     logits: dict[int, dict[str, Any]] = field(default_factory=dict)
     unsettled: tuple[list[Row], bool] | None = None
+    static: StaticSlots | None = None
     turn_nbytes: int = 0
 
     @property

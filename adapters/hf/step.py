@@ -164,6 +164,10 @@ class Step:
 
     # The end
 
+    def attended_all(self) -> None:
+        """Take as done what compiled code did for every layer."""
+        self._attended = {layer for group in self.cache.groups for layer in group.layers}
+
     def commit(self) -> None:
         """Make the step count, and evict where it is due, but for tokens that may be drafts."""
         for group in self.cache.groups:
