@@ -334,19 +334,42 @@ class Store:
             raise UsageError(f"reorder({named}): name one of the {len(self.rows)} rows for each of them")
         if any(not all(band.first <= r < band.stop for r in named[band.first : band.stop]) for band in self.bands):
             raise UsageError(f"reorder({named}): a row can only become one that follows the same policy")
-        requests = requests.to(self.spec.device)
-        for tensor in (self.keys, self.values, self.positions, self.order):
-            tensor.copy_(tensor.index_select(1, requests))
-        lead = (len(self.layers), len(self.rows))
-        self.broken.view(lead).copy_(self.broken.view(lead).index_select(1, requests))
-        for band in self.bands:
-            named_here = requests[band.first : band.stop] - band.first
-            for tensor in band.tensors():
-                by_request = tensor.view(band.layers, band.count, *tensor.shape[1:])
-                by_request.copy_(by_request.index_select(1, named_here))
-        self.window.reorder(requests)
+        self._copy_rows(self, named)
         self.rows = [replace(self.rows[r]) for r in named]
         self._ends = None
+
+    def fork(self, requests: Sequence[int]) -> Store:
+        """Return a new store whose rows are copies of some rows of this one; modifies nothing.
+
+        Args:
+            requests: which, each as often as it is named.
+        """
+        policies = [self._band_of(r).policy for r in requests]
+        plans, rows = [self.plans[r] for r in requests], [replace(self.rows[r]) for r in requests]
+        new = Store(policies, plans, self.spec, self.layers, rows, self.drafts)
+        new._copy_rows(self, requests)
+        return new
+
+    def _band_of(self, request: int) -> Band:
+        return next(band for band in self.bands if band.first <= request < band.stop)
+
+    def _copy_rows(self, source: Store, requests: Sequence[int]) -> None:
+        """Replace the tensors of every row by those of the rows that are named of a store, which may be this one."""
+        at = torch.tensor(list(requests), device=self.spec.device)
+        for name in ("keys", "values", "positions", "order"):
+            getattr(self, name).copy_(getattr(source, name).index_select(1, at))
+        layers = len(self.layers)
+        self.broken.view(layers, -1).copy_(source.broken.view(layers, -1).index_select(1, at))
+        self.window.copy_rows(source.window, at)
+        for band in self.bands:
+            named = requests[band.first : band.stop]
+            origins = [source._band_of(r) for r in named]
+            for number, mine in enumerate(band.tensors()):
+                theirs = [
+                    origin.tensors()[number].unflatten(0, (layers, origin.count))[:, r - origin.first]
+                    for origin, r in zip(origins, named, strict=True)
+                ]
+                mine.copy_(torch.stack(theirs, 1).flatten(0, 1))
 
     def reset(self) -> None:
         """Forget everything but the requests' names and seeds; modifies every tensor, in place."""

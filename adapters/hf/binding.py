@@ -29,13 +29,13 @@ class Survey:
         layers: a fresh cache layer for each, as transformers makes them.
         evicting: indices of the full-attention layers.
         skipped: the others, and what they are.
-        groups: the evicting layers by the device that they run on.
+        groups: the evicting layers of each device.
     """
 
     layers: list[Any]
     evicting: tuple[int, ...]
     skipped: dict[int, str]
-    groups: tuple[tuple[int, ...], ...]
+    groups: dict[torch.device, tuple[int, ...]]
 
 
 def survey(model: nn.Module, *, static: bool = False) -> Survey:
@@ -68,11 +68,11 @@ def survey(model: nn.Module, *, static: bool = False) -> Survey:
     if not evicting:
         kinds = ", ".join(sorted(set(skipped.values()))) or "nothing that transformers' DynamicCache knows"
         raise UnsupportedError(f"{name} has no full-attention layer to evict from; its layers are {kinds}")
-    devices: dict[str, list[int]] = {}
+    devices: dict[torch.device, list[int]] = {}
     homes = _devices(model)
     for i in evicting:
-        devices.setdefault(str(homes.get(i, model.device)), []).append(i)
-    return Survey(layers, evicting, skipped, tuple(tuple(group) for group in devices.values()))
+        devices.setdefault(homes.get(i, model.device), []).append(i)
+    return Survey(layers, evicting, skipped, {device: tuple(group) for device, group in devices.items()})
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -14,17 +15,19 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvpolicy import _check
-from kvpolicy.adapters.hf import binding
+from kvpolicy.adapters.hf import binding, others, saving
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.adapters.hf.step import Step, open_step
 from kvpolicy.errors import BindError, UnsupportedError, UsageError
-from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan
 from kvpolicy.receipt import Receipt
+from kvpolicy.row import Row
 from kvpolicy.stage import Chain, Stage
-from kvpolicy.view import DEFAULT_WORKSPACE
+from kvpolicy.store import Store
+from kvpolicy.view import DEFAULT_WORKSPACE, LayerSpec
 
 __all__ = ["EvictionCache"]
 
@@ -90,11 +93,20 @@ class EvictionCache(Cache, binding.Evicting):
         _check.integer("EvictionCache", "max_draft_tokens", max_draft_tokens, 0)
         if prompt_length is not None:
             _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
-        self.static = static
+        self.model, self.static = model, static
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
         self.policies = _checked(policy)
         self.config = model.config.get_text_config(decoder=True)
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
+        self.options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "max_draft_tokens": max_draft_tokens,
+            "prompt_length": prompt_length,
+            "static": static,
+            "seeds": self._seeds,
+            "requests": self._requests,
+            "workspace": workspace,
+        }
         spec = ModelSpec(len(found.evicting), max_new_tokens)
         by_layer = _by_layer([one.plan(spec) for one in self.policies], found.evicting)
         self.skipped = {
@@ -102,8 +114,8 @@ class EvictionCache(Cache, binding.Evicting):
             **{i: "left alone by its budget" for i, plans in by_layer.items() if plans is None},
         }
         self.groups = [
-            Group(tuple(same), plans, len(found.layers), workspace)
-            for group in found.groups
+            Group(tuple(same), plans, device, len(found.layers), workspace)
+            for device, group in found.groups.items()
             for plans, same in _by_plan(group, by_layer).items()
         ]
         self._group_of = {layer: group for group in self.groups for layer in group.layers}
@@ -122,10 +134,13 @@ class EvictionCache(Cache, binding.Evicting):
         self._step: Step | None = None
         self._failed = False
         self._decoder_binding = binding.bind(model)
-        self._decoder_binding.acquire()
-        self._release = weakref.finalize(self, self._decoder_binding.release)
+        self._acquire()
 
     # The life of a binding
+
+    def _acquire(self) -> None:
+        self._decoder_binding.acquire()
+        self._release = weakref.finalize(self, self._decoder_binding.release)
 
     def unbind(self) -> None:
         """Let the model go: it is restored when its last cache lets go. The receipt can still be had."""
@@ -175,6 +190,12 @@ class EvictionCache(Cache, binding.Evicting):
                     if plan.interval is not None:
                         left.append(plan.interval - row.decoded % plan.interval)
         return min(left)
+
+    def allocate(self, group: Group, spec: LayerSpec, rows: list[Row]) -> Store:
+        """Return new slots for the layers of a group."""
+        policies = [self.policy_of(r) for r in range(len(rows))]
+        plans = [group.plans[r % len(group.plans)] for r in range(len(rows))]
+        return Store(policies, plans, spec, group.layers, rows, self.max_draft_tokens)
 
     def evicts(self, layer: int) -> bool:
         """Return whether a layer evicts."""
@@ -371,6 +392,94 @@ class EvictionCache(Cache, binding.Evicting):
             if not isinstance(layer, EvictionLayer) and hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
+    # Copies
+
+    def fork(self, requests: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> EvictionCache:
+        """Return a cache that goes on from the same tokens, with memory of its own, bound to the same model.
+
+        One compressed prompt serves many questions: each fork answers one, or
+        ``cache.fork([0] * 8)`` eight in one batch.
+
+        Args:
+            requests: which rows the new cache has, each as often as it is named; all by default.
+            seeds: of the new rows' randomness; by default each goes on with its own.
+
+        Raises:
+            UsageError: there is no such row, or a forward pass failed half-way.
+        """
+        self.step()
+        self._check_whole()
+        count = self.num_requests
+        named = list(range(count)) if requests is None else list(requests)
+        if not count or not named or not all(isinstance(r, int) and 0 <= r < count for r in named):
+            raise UsageError(f"fork({requests!r}): the cache holds {count} requests; name some of them by their rows")
+        given = _integers("seeds", seeds)
+        if given is not None and len(given) != len(named):
+            raise UsageError(f"seeds names {len(given)} requests, and the fork has {len(named)} rows")
+        if not self._release.alive:
+            raise UsageError("this EvictionCache was unbound; fork it before its with block ends")
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.groups = [group.fork(named) for group in self.groups]
+        new._group_of = {layer: group for group in new.groups for layer in group.layers}
+        new.layers = [
+            EvictionLayer(new, i) if i in new._group_of else others.copied(layer, named, count)
+            for i, layer in enumerate(self.layers)
+        ]
+        new.policies = tuple(self.policies[r] for r in named) if len(self.policies) > 1 else self.policies
+        rows = [row for group in new.groups if group.store is not None for row in group.store.rows]
+        for number, row in enumerate(rows):
+            row.seed = row.seed if given is None else given[number % len(named)]
+        new._seeds, new._requests = [row.seed for row in rows[: len(named)]], [row.request for row in rows[: len(named)]]
+        new.options = {**self.options, "seeds": new._seeds, "requests": new._requests}
+        new._acquire()
+        new.columns_seen = self.columns_seen.clone()
+        last = None if self.last is None else self.last[torch.tensor(named, device=self.last.device)]
+        new.continue_at(self.columns, last)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EvictionCache:
+        """Return a fork of all rows: what transformers' recipes for a shared prompt ask for."""
+        return self.fork()
+
+    def continue_at(self, columns: int, last: Tensor | None) -> None:
+        """Go on behind so many columns, whose last tokens have these positions."""
+        self.columns, self.last, self._step, self._failed = columns, last, None, False
+        self._refresh()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what the cache holds into a safetensors file, whole or not at all.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            UsageError: no token has been seen yet, or a forward pass failed half-way.
+        """
+        self.step()
+        self._check_whole()
+        self._settle()
+        saving.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        policy: EvictionPolicy | Sequence[EvictionPolicy] | None = None,
+    ) -> EvictionCache:
+        """Return the cache that :meth:`save` wrote, bound to the same model, which goes on as if never saved.
+
+        Args:
+            path: of the file.
+            model: the one that it was saved with: its kind, configuration, dtype and weights are checked.
+            policy: what it followed; needed where its text cannot be read, being a third party's.
+
+        Raises:
+            UsageError: the file is no cache, or belongs to another model, policy or version.
+        """
+        return saving.load(cls, path, model, policy)
+
     # Proof
 
     def receipt(self) -> Receipt:
@@ -389,7 +498,7 @@ class EvictionCache(Cache, binding.Evicting):
         broken = torch.stack([store.broken.view(-1, len(rows)).sum(0).cpu() for store in stores]).sum(0)
         kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
         return Receipt(
-            policy=tuple(_text(self.policy_of(r)) for r in range(len(rows))),
+            policy=tuple(saving.policy_text(self.policy_of(r)) for r in range(len(rows))),
             version=__version__,
             seen=tuple(row.seen for row in rows),
             slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),
@@ -399,7 +508,7 @@ class EvictionCache(Cache, binding.Evicting):
             nbytes=sum(store.nbytes() for store in stores),
             turn_nbytes=max(group.turn_nbytes for group in self.groups),
             window_nbytes=sum(store.window.nbytes() for store in stores),
-            other_nbytes=sum(_held(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
+            other_nbytes=sum(others.nbytes(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
             layers=tuple(sorted(self._group_of)),
             skipped=self.skipped,
             kept=kept,
@@ -458,10 +567,6 @@ def _names(policies: Sequence[EvictionPolicy]) -> str:
     return " and ".join(dict.fromkeys(repr(policy) for policy in policies))
 
 
-def _text(policy: EvictionPolicy) -> str:
-    return policy.text(full=True) if isinstance(policy, Policy) else repr(policy)
-
-
 def _integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     if given is None:
         return None
@@ -500,13 +605,3 @@ def _by_plan(
         if plans is not None:
             same.setdefault(plans, []).append(layer)
     return same
-
-
-def _held(layer: Any) -> int:
-    """Return the bytes that an ordinary cache layer holds."""
-    found = 0
-    for value in vars(layer).values():
-        for one in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(one, Tensor):
-                found += one.numel() * one.element_size()
-    return found

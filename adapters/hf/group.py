@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Group:
     Attributes:
         layers: indices.
         plans: of each of them; one that all requests share, or one a request.
+        device: where they live.
         num_layers: layers of the model.
         workspace: bytes that the temporaries of one eviction may take.
         store: allocated when the first tokens come.
@@ -38,6 +39,7 @@ class Group:
 
     layers: tuple[int, ...]
     plans: tuple[LayerPlan, ...]
+    device: torch.device
     num_layers: int
     workspace: int
     store: Store | None = None
@@ -54,6 +56,16 @@ class Group:
     def index(self, layer: int) -> int:
         """Return the place of a layer in the store."""
         return self.layers.index(layer)
+
+    def fork(self, requests: Sequence[int]) -> Group:
+        """Return a group of the same layers whose rows are copies of some of these."""
+        plans = tuple(self.plans[r] for r in requests) if len(self.plans) > 1 else self.plans
+        unsettled = None
+        if self.unsettled is not None:
+            unsettled = [self.unsettled[0][r] for r in requests], self.unsettled[1]
+        store = None if self.store is None else self.store.fork(requests)
+        logits = dict(self.logits)
+        return replace(self, plans=plans, store=store, logits=logits, unsettled=unsettled, static=None)
 
     def positions(self) -> dict[int, Tensor]:
         """Return a copy of the kept positions of each layer, ascending, -1 behind the last."""

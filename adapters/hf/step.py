@@ -137,11 +137,8 @@ class Step:
         each = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
         capacity = group.capacity + cache.max_draft_tokens
         spec = LayerSpec(heads, heads * each, dim, value_dim, capacity, dtype, device)
-        requests = len(self.counts)
-        rows = [Row(request=request, seed=seed) for request, seed in cache.new_seeds(requests)]
-        policies = [cache.policy_of(r) for r in range(requests)]
-        plans = [group.plans[r % len(group.plans)] for r in range(requests)]
-        return Store(policies, plans, spec, group.layers, rows, cache.max_draft_tokens)
+        rows = [Row(request=request, seed=seed) for request, seed in cache.new_seeds(len(self.counts))]
+        return cache.allocate(group, spec, rows)
 
     def _open(self, group: Group, store: Store) -> None:
         """Work out, once a group and step, what its layers share."""
