@@ -69,9 +69,10 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[
         if not any(due[here]) and not any([True] if shown is None else shown[here]):
             continue
         limit = _limit(store.rows[here], budgets[here])
-        of_band = {"recent": band.plan.recent, "max_budget": max(budgets[here]), "max_victims": limit}
         for span in band.spans(most):
-            view = _with_window(dataclasses.replace(_rows_of(every, span.store), **of_band), store, band, span.store)
+            view = _rows_of(every, span.store)
+            view = dataclasses.replace(view, recent=band.plan.recent, max_budget=max(budgets[here]), max_victims=limit)
+            view = _with_window(view, store, band, span.store)
             keep, state = band.policy.select(view, band.state_of(span))
             insist_on_keep(keep, view, band.policy)
             band.remember(span, state)

@@ -359,14 +359,14 @@ class Store:
         for name in ("keys", "values", "positions", "order"):
             getattr(self, name).copy_(getattr(source, name).index_select(1, at))
         layers = len(self.layers)
-        self.broken.view(layers, -1).copy_(source.broken.view(layers, -1).index_select(1, at))
+        _by_layer(self.broken, layers).copy_(_by_layer(source.broken, layers).index_select(1, at))
         self.window.copy_rows(source.window, at)
         for band in self.bands:
             named = requests[band.first : band.stop]
             origins = [source._band_of(r) for r in named]
             for number, mine in enumerate(band.tensors()):
                 theirs = [
-                    origin.tensors()[number].unflatten(0, (layers, origin.count))[:, r - origin.first]
+                    _by_layer(origin.tensors()[number], layers)[:, r - origin.first]
                     for origin, r in zip(origins, named, strict=True)
                 ]
                 mine.copy_(torch.stack(theirs, 1).flatten(0, 1))
@@ -391,6 +391,11 @@ class Store:
         from kvpolicy.integrity import check_integrity
 
         check_integrity(self)
+
+
+def _by_layer(x: Tensor, layers: int) -> Tensor:
+    """Return ``[layers * requests, ...]`` as ``[layers, requests, ...]``."""
+    return x.view(layers, -1, *x.shape[1:])
 
 
 def _picked(x: Tensor, slots: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 from kvpolicy import _check
 from kvpolicy.adapters.hf import binding, others, saving
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
-from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.group import Group
+from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.adapters.hf.step import Step, open_step
 from kvpolicy.errors import BindError, UnsupportedError, UsageError
@@ -223,6 +223,7 @@ class EvictionCache(Cache, binding.Evicting):
         """Check what a graph depends on; whatever is read here is a guard of the graph."""
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        assert tokens is not None
         if not self.static:
             raise UsageError("compiled code needs fixed shapes; write EvictionCache(..., static=True)")
         if tokens.shape[1] != 1 or self.groups[0].static is None:
@@ -254,6 +255,7 @@ class EvictionCache(Cache, binding.Evicting):
         """Take new keys and values of one layer; return what the new tokens attend to."""
         if torch.compiler.is_compiling():
             group = self._group_of[layer]
+            assert group.static is not None
             return group.static.take(group.index(layer), keys, values)
         if not self._release.alive:
             raise UsageError("this EvictionCache was unbound, as its with block ended; make a new one for the model")
@@ -363,9 +365,8 @@ class EvictionCache(Cache, binding.Evicting):
         self._check_whole()
         for store in stores:
             store.check_crop([count] * len(store.rows))
-        for layer in self.layers:
-            if not isinstance(layer, EvictionLayer):
-                layer.crop(tokens_to_remove)
+        for layer in self._others():
+            layer.crop(tokens_to_remove)
         for store in stores:
             store.crop([count] * len(store.rows))
         self.columns -= count
@@ -376,6 +377,10 @@ class EvictionCache(Cache, binding.Evicting):
         """Evict where it is due, now that no more drafts will be taken back."""
         for group in self.groups:
             group.settle()
+
+    def _others(self) -> list[Any]:
+        """Return the layers that are left alone."""
+        return [layer for layer in self.layers if not isinstance(layer, EvictionLayer)]
 
     def activate_past_recording(self) -> None:
         """Prepare for drafts, as assisted decoding asks.
@@ -388,8 +393,8 @@ class EvictionCache(Cache, binding.Evicting):
                 "assisted and prompt-lookup decoding draft tokens and take some back, and no slots were set aside for "
                 "them; write EvictionCache(..., max_draft_tokens=20), at least as many as are drafted at once"
             )
-        for layer in self.layers:
-            if not isinstance(layer, EvictionLayer) and hasattr(layer, "activate_past_recording"):
+        for layer in self._others():
+            if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     # Copies
@@ -430,7 +435,10 @@ class EvictionCache(Cache, binding.Evicting):
         rows = [row for group in new.groups if group.store is not None for row in group.store.rows]
         for number, row in enumerate(rows):
             row.seed = row.seed if given is None else given[number % len(named)]
-        new._seeds, new._requests = [row.seed for row in rows[: len(named)]], [row.request for row in rows[: len(named)]]
+        new._seeds, new._requests = (
+            [row.seed for row in rows[: len(named)]],
+            [row.request for row in rows[: len(named)]],
+        )
         new.options = {**self.options, "seeds": new._seeds, "requests": new._requests}
         new._acquire()
         new.columns_seen = self.columns_seen.clone()
@@ -508,7 +516,7 @@ class EvictionCache(Cache, binding.Evicting):
             nbytes=sum(store.nbytes() for store in stores),
             turn_nbytes=max(group.turn_nbytes for group in self.groups),
             window_nbytes=sum(store.window.nbytes() for store in stores),
-            other_nbytes=sum(others.nbytes(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
+            other_nbytes=sum(others.nbytes(layer) for layer in self._others()),
             layers=tuple(sorted(self._group_of)),
             skipped=self.skipped,
             kept=kept,
