@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvpolicy.adapters.hf.attention import CACHE, SUPPORTED, register
+from kvpolicy.adapters.hf.ranks import Ranks, ranks_of
 from kvpolicy.errors import UnsupportedError
 
 __all__ = ["Binding", "Survey", "bind", "survey"]
@@ -27,12 +28,14 @@ class Survey:
         evicting: indices of the full-attention layers.
         skipped: the others, and what they are.
         groups: the evicting layers by the device that they run on.
+        ranks: the processes that share the heads.
     """
 
     layers: list[Any]
     evicting: tuple[int, ...]
     skipped: dict[int, str]
     groups: tuple[tuple[int, ...], ...]
+    ranks: Ranks
 
 
 def survey(model: nn.Module) -> Survey:
@@ -63,7 +66,8 @@ def survey(model: nn.Module) -> Survey:
     homes = _devices(model)
     for i in evicting:
         devices.setdefault(str(homes.get(i, model.device)), []).append(i)
-    return Survey(layers, evicting, skipped, tuple(tuple(group) for group in devices.values()))
+    groups = tuple(tuple(group) for group in devices.values())
+    return Survey(layers, evicting, skipped, groups, ranks_of(model))
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:

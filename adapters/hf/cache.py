@@ -16,8 +16,9 @@ from kvpolicy import _check
 from kvpolicy.adapters.hf import binding
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens
 from kvpolicy.adapters.hf.layer import EvictionLayer
+from kvpolicy.adapters.hf.ranks import kept_alike, said
 from kvpolicy.adapters.hf.step import Group, Step, open_step
-from kvpolicy.errors import BindError, UnsupportedError, UsageError
+from kvpolicy.errors import BindError, IntegrityError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.receipt import Receipt
 from kvpolicy.stage import Chain, Stage
@@ -74,6 +75,7 @@ class EvictionCache(Cache):
         _check.integer("EvictionCache", "workspace", workspace, 1)
         self.policy, self.workspace = _checked(policy), workspace
         self.config = model.config.get_text_config(decoder=True)
+        self.ranks = found.ranks
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
         plans = policy.plan(ModelSpec(len(found.evicting), max_new_tokens))
         by_layer = _by_layer(plans, found.evicting)
@@ -152,6 +154,8 @@ class EvictionCache(Cache):
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
         if self._failed:
             raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
+        if not self.columns:
+            self._insist_on_one_prompt(arguments)
         self._step = open_step(self, arguments)
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
@@ -260,6 +264,38 @@ class EvictionCache(Cache):
             layers=tuple(sorted(self._group_of)),
             skipped=self.skipped,
             kept=kept,
+        )
+
+    def check_ranks(self) -> None:
+        """Check that all processes of a model with split heads did the same; every one must call it.
+
+        They compare the counters of every request. Where all heads must keep the same tokens, since
+        no stage tells heads apart or each process has all heads, they compare the kept positions,
+        too. A token that one process sampled differently does not show. One process checks nothing.
+
+        Raises:
+            IntegrityError: two processes differ, on all of them; the message says in what.
+        """
+        kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
+        rows = [row for group in self.groups if group.store is not None for row in group.store.rows]
+        self.ranks.insist(
+            IntegrityError,
+            counters=[str(row) for row in rows],
+            kept_positions=kept_alike(self.policy, self.ranks, kept),
+        )
+
+    def _insist_on_one_prompt(self, arguments: dict[str, Any]) -> None:
+        """Stop processes that would go separate ways, before they wait for each other for ever."""
+        if self.ranks.size == 1:
+            return
+        self.ranks.insist(
+            UsageError,
+            policy=repr(self.policy),
+            plans=[(group.layers, str(group.plan)) for group in self.groups],
+            seeds=self._seeds,
+            requests=self._requests,
+            workspace=self.workspace,
+            **{name: said(arguments.get(name)) for name in ("input_ids", "attention_mask", "inputs_embeds")},
         )
 
     def new_seeds(self, requests: int) -> list[tuple[int, int]]:

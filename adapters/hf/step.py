@@ -95,7 +95,8 @@ class Step:
         if group.store is None:
             heads, dim, value_dim, dtype, device = shape
             config = self.cache.config
-            group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
+            known, _ = self.cache.ranks.heads(heads)
+            group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or known)
             spec = LayerSpec(heads, heads * group_size, dim, value_dim, group.plan.capacity, dtype, device)
             rows = [Row(request=request, seed=seed) for request, seed in self.cache.new_seeds(len(self.counts))]
             group.store = Store(self.cache.policy, group.plan, spec, group.layers, rows)
@@ -191,12 +192,15 @@ class Step:
         if any(one["scaling"] != first["scaling"] or one["softcap"] != first["softcap"] for one in found):
             raise UnsupportedError("layers scale their logits differently, which is not supported yet")
         sinks = None if first["s_aux"] is None else torch.stack([one["s_aux"].detach() for one in found])
+        num_heads, head_offset = self.cache.ranks.heads(store.spec.num_heads)
         return LogitSpec(
             scaling=store.spec.head_dim**-0.5 if first["scaling"] is None else float(first["scaling"]),
             softcap=first["softcap"],
             sinks=sinks,
             num_layers=len(self.cache.layers),
-            num_heads=store.spec.num_heads,
+            num_heads=num_heads,
+            head_offset=head_offset,
+            all_reduce=self.cache.ranks.all_reduce,
             workspace=self.cache.workspace,
         )
 
