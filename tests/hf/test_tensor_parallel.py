@@ -1,0 +1,80 @@
+"""A model split over processes keeps what one process keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from tests.hf.split import CASES, same, start
+from tests.models import default_folder, tiny
+
+pytestmark = pytest.mark.skipif(
+    not distributed.is_available() or not distributed.is_gloo_available(),
+    reason="this torch has no torch.distributed with gloo",
+)
+
+# model, changes, policies, KV heads that each of two processes has
+SPLITS: list[tuple[str, dict[str, Any], list[str], int]] = [
+    ("llama", {}, list(CASES), 1),
+    ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 4}, ["vase", "apart"], 2),
+    ("gpt_oss", {}, ["vase"], 2),  # its plan splits experts, and leaves attention whole
+]
+
+
+def compare(whole: dict[str, Any], parts: list[dict[str, Any]], heads: int, close: float) -> None:
+    for name, one in whole.items():
+        for rank, part in enumerate(parts):
+            here = f"{name}, rank {rank} of {len(parts)}"
+            assert one["kept"].keys() == part[name]["kept"].keys(), here
+            for layer, kept in one["kept"].items():
+                first = 0 if heads == kept.shape[1] else rank * heads
+                mine = kept[:, first : first + heads]
+                assert torch.equal(mine, part[name]["kept"][layer]), f"{here}, layer {layer}"
+            assert (one["logits"] - part[name]["logits"]).abs().max() <= close, here
+
+
+def test_two_processes_keep_what_one_keeps(tmp_path: Path) -> None:
+    for family, changes, _, _ in SPLITS:
+        tiny(family, torch.float64, **changes).save_pretrained(tmp_path / family)
+    asked = [(str(tmp_path / family), names, torch.float64) for family, _, names, _ in SPLITS]
+    found = start("same", tmp_path, 2, asked)
+    for (where, names, dtype), (_, _, _, heads) in zip(asked, SPLITS, strict=True):
+        parts = [one[where] for one in found]
+        whole = same([(where, names, dtype)], 0, 1)[where]
+        kept = whole["vase"]["kept"][1]
+        assert not torch.equal(kept[:, 0], kept[:, -1]), "heads that all keep the same would prove nothing"
+        compare(whole, parts, heads, 1e-9)
+        if heads < kept.shape[1]:  # what is split is held once, but for the positions of queries
+            for name in names:
+                assert sum(part[name]["nbytes"] for part in parts) <= whole[name]["nbytes"] * 1.05
+
+
+def test_what_processes_cannot_do_together_is_refused_on_each_of_them(tmp_path: Path) -> None:
+    for name, heads in {"even": 2, "uneven": 3, "few": 1}.items():
+        tiny("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=heads).save_pretrained(tmp_path / name)
+    expected = {
+        "uneven": ("UnsupportedError", "LlamaForCausalLM has 3 KV heads, which 2 processes cannot share"),
+        "few": ("UnsupportedError", "start 1"),
+        "prompt": ("UsageError", "input_ids is"),
+        "seeds": ("UsageError", "seeds is [1, 1, 1] on rank 1 and [0, 0, 0] on rank 0"),
+        "counters": ("IntegrityError", "counters is"),
+        "positions": ("IntegrityError", "kept_positions is"),
+        "others": ("UnsupportedError", "tp_plan='auto'"),
+    }
+    for said in start("misuse", tmp_path, 2, str(tmp_path)):
+        assert said.keys() == expected.keys()
+        for name, (kind, words) in expected.items():
+            assert said[name][0] == kind, said[name]
+            assert words in said[name][1]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_real_model_on_three_processes(tmp_path: Path) -> None:
+    asked = [(default_folder(), ["apart"], torch.float32)]
+    parts = [one[default_folder()] for one in start("same", tmp_path, 3, asked)]  # it has 3 KV heads
+    compare(same(asked, 0, 1)[default_folder()], parts, 1, 1e-3)
