@@ -71,14 +71,22 @@ def survey(model: nn.Module) -> Survey:
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:
-    """Return the device of each attention module, by the index of its layer."""
+    """Return the device that each attention module runs on, by the index of its layer."""
     found: dict[int, torch.device] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         parameter = next(module.parameters(), None)
         if isinstance(index, int) and parameter is not None:
-            found.setdefault(index, parameter.device)
+            found.setdefault(index, _runs_on(module) or parameter.device)
     return found
+
+
+def _runs_on(module: nn.Module) -> torch.device | None:
+    """Return where accelerate runs a module, whose weights may wait elsewhere; None where it has no say."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    named = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((one for one in named if one is not None), None)
+    return None if device is None else torch.device(device)
 
 
 @dataclass(eq=False)

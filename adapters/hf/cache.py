@@ -276,27 +276,28 @@ class EvictionCache(Cache):
         Raises:
             IntegrityError: two processes differ, on all of them; the message says in what.
         """
-        kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
-        rows = [row for group in self.groups if group.store is not None for row in group.store.rows]
-        self.ranks.insist(
-            IntegrityError,
-            counters=[str(row) for row in rows],
-            kept_positions=kept_alike(self.policy, self.ranks, kept),
-        )
+        found: dict[str, Any] = {}
+        for group in self.groups:
+            for r, row in enumerate([] if group.store is None else group.store.rows):
+                found[f"the counters of request {r} in layer {group.layers[0]}"] = str(row)
+            for layer, number in kept_alike(self.policy, self.ranks, group.positions()).items():
+                found[f"the fingerprint of the positions that layer {layer} keeps"] = number
+        self.ranks.insist(found, IntegrityError)
 
     def _insist_on_one_prompt(self, arguments: dict[str, Any]) -> None:
         """Stop processes that would go separate ways, before they wait for each other for ever."""
         if self.ranks.size == 1:
             return
-        self.ranks.insist(
-            UsageError,
-            policy=repr(self.policy),
-            plans=[(group.layers, str(group.plan)) for group in self.groups],
-            seeds=self._seeds,
-            requests=self._requests,
-            workspace=self.workspace,
-            **{name: said(arguments.get(name)) for name in ("input_ids", "attention_mask", "inputs_embeds")},
-        )
+        found = {
+            "the policy": repr(self.policy),
+            "the plan of the layers": [(group.layers, str(group.plan)) for group in self.groups],
+            "seeds": self._seeds,
+            "requests": self._requests,
+            "workspace": self.workspace,
+        }
+        for name in ("input_ids", "inputs_embeds", "attention_mask"):
+            found[f"{name}, its shape and a fingerprint,"] = said(arguments.get(name))
+        self.ranks.insist(found, UsageError)
 
     def new_seeds(self, requests: int) -> list[tuple[int, int]]:
         """Return the name and the seed of each request of a batch.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +67,12 @@ class Ranks:
         distributed.all_reduce(total, group=self.group)
         return total
 
-    def insist(self, error: type[KVPolicyError], **mine: Any) -> None:
+    def insist(self, mine: Mapping[str, Any], error: type[KVPolicyError]) -> None:
         """Compare what each process has; every one of them must call it.
 
         Args:
+            mine: what this one has, by name: numbers, texts, tuples.
             error: to raise, on every process, so that none waits for another.
-            **mine: what this one has, by name.
 
         Raises:
             KVPolicyError: two processes have something else; the message says which, and what.
@@ -80,14 +80,15 @@ class Ranks:
         if self.size == 1:
             return
         every: list[Any] = [None] * self.size
-        distributed.all_gather_object(every, mine, group=self.group)
-        for name in mine:
-            for rank, one in enumerate(every):
-                if one[name] != every[0][name]:
-                    raise error(
-                        f"the ranks of a model must agree, and {name} is {one[name]!r} on rank {rank} and "
-                        f"{every[0][name]!r} on rank 0"
-                    )
+        distributed.all_gather_object(every, dict(mine), group=self.group)
+        for name in dict.fromkeys(name for one in every for name in one):
+            found = [one.get(name) for one in every]
+            other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+            if other is not None:
+                raise error(
+                    f"the ranks of a model must agree on {name}; on rank 0 it is {found[0]!r}, "
+                    f"and on rank {other} {found[other]!r}"
+                )
 
 
 def ranks_of(model: PreTrainedModel) -> Ranks:
@@ -100,7 +101,9 @@ def ranks_of(model: PreTrainedModel) -> Ranks:
     mesh: Any = getattr(model, "_device_mesh", None)
     dimensions = getattr(mesh, "mesh_dim_names", None) or ()
     if "pp" in dimensions and mesh.size(dimensions.index("pp")) > 1:
-        raise UnsupportedError(f"{name} is split into stages (pp_size); split its heads instead: tp_size, or device_map")
+        raise UnsupportedError(
+            f"{name} is split into stages (pp_size); split its heads (tp_size), or place its layers by a device_map"
+        )
     if size == 1:
         if _split_by_others(model):
             raise UnsupportedError(
@@ -137,7 +140,7 @@ def _split_by_others(model: PreTrainedModel) -> bool:
 def said(value: Any) -> Any:
     """Return a small value that differs, in all likelihood, where a tensor's integers or shape do."""
     if not isinstance(value, Tensor):
-        return value if value is None or isinstance(value, int | str) else type(value).__name__
+        return type(value).__name__
     # Floats may be computed on each process, and need not agree to the last bit.
     content = 0 if value.is_floating_point() else hash(tuple(value.flatten().tolist()))
     return tuple(value.shape), content

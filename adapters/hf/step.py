@@ -95,8 +95,8 @@ class Step:
         if group.store is None:
             heads, dim, value_dim, dtype, device = shape
             config = self.cache.config
-            known, _ = self.cache.ranks.heads(heads)
-            group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or known)
+            whole, _ = self.cache.ranks.heads(heads)
+            group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or whole)
             spec = LayerSpec(heads, heads * group_size, dim, value_dim, group.plan.capacity, dtype, device)
             rows = [Row(request=request, seed=seed) for request, seed in self.cache.new_seeds(len(self.counts))]
             group.store = Store(self.cache.policy, group.plan, spec, group.layers, rows)

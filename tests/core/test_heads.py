@@ -85,7 +85,5 @@ def test_ranks_decide_as_one_device_does() -> None:
     for shares in ([2, 2], [1, 3], [1, 1, 1, 1]):
         found = several(shares, lambda *mine: LastQuery().score(part(view, *mine), None).values)
         assert torch.equal(torch.cat(found, 1), scores)
-        found = several(
-            shares, lambda *mine: policy.select(part(view, *mine), policy.init(spec(mine[1]), B))[0].mask
-        )
+        found = several(shares, lambda *mine: policy.select(part(view, *mine), policy.init(spec(mine[1]), B))[0].mask)
         assert torch.equal(torch.cat(found, 1), expected)

@@ -34,6 +34,7 @@ from kvpolicy import (
     maximum,
 )
 from kvpolicy.adapters.hf import EvictionCache
+from kvpolicy.errors import KVPolicyError
 from tests.docs.pages import ROOT
 
 LIMIT = 120  #: seconds that processes may take, and then fail
@@ -111,7 +112,7 @@ def misuse(folder: str, rank: int, ranks: int) -> dict[str, Any]:
     said: dict[str, Any] = {}
 
     def refused(name: str, call: Callable[[], Any]) -> None:
-        with pytest.raises(Exception, match=".") as caught:
+        with pytest.raises(KVPolicyError) as caught:
             call()
         said[name] = (type(caught.value).__name__, str(caught.value))
 
@@ -176,7 +177,8 @@ def start(job: str, folder: Path, ranks: int, asked: Any) -> list[dict[str, Any]
             one.wait()
     codes = [one.returncode for one in started]
     if any(codes):
-        pytest.fail("\n\n".join(f"rank {r} ended with {codes[r]}:\n{log.read_text()[-3000:]}" for r, log in enumerate(logs)))
+        tails = [f"rank {rank} ended with {codes[rank]}:\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs)]
+        pytest.fail("\n\n".join(tails))
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 

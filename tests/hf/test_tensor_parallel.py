@@ -59,10 +59,10 @@ def test_what_processes_cannot_do_together_is_refused_on_each_of_them(tmp_path: 
     expected = {
         "uneven": ("UnsupportedError", "LlamaForCausalLM has 3 KV heads, which 2 processes cannot share"),
         "few": ("UnsupportedError", "start 1"),
-        "prompt": ("UsageError", "input_ids is"),
-        "seeds": ("UsageError", "seeds is [1, 1, 1] on rank 1 and [0, 0, 0] on rank 0"),
-        "counters": ("IntegrityError", "counters is"),
-        "positions": ("IntegrityError", "kept_positions is"),
+        "prompt": ("UsageError", "must agree on input_ids"),
+        "seeds": ("UsageError", "seeds; on rank 0 it is [0, 0, 0], and on rank 1 [1, 1, 1]"),
+        "counters": ("IntegrityError", "the counters of request 0"),
+        "positions": ("IntegrityError", "the positions that layer 1 keeps"),
         "others": ("UnsupportedError", "tp_plan='auto'"),
     }
     for said in start("misuse", tmp_path, 2, str(tmp_path)):
