@@ -93,6 +93,14 @@ def load(folder: str, dtype: torch.dtype, ranks: int = 1) -> Any:
     return model
 
 
+def in_stages(folder: str, ranks: int) -> Any:
+    """Return the model of a folder, some of its layers in each process."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(pp_size=ranks))
+
+
 # What a process does
 
 
@@ -136,6 +144,7 @@ def misuse(folder: str, rank: int, ranks: int) -> dict[str, Any]:
         assert cache.groups[0].store is not None
         cache.groups[0].store.positions[1, 0, 0, 3] += rank
         cache.check_ranks()
+    refused("stages", lambda: EvictionCache(in_stages(f"{folder}/even", ranks), policy))
     whole = load(f"{folder}/even", torch.float64)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -151,12 +160,15 @@ JOBS: dict[str, Callable[[Any, int, int], dict[str, Any]]] = {"same": same, "mis
 # How a test starts processes
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of processes that talk within this machine."""
+    network = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    return {**network, **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def start(job: str, folder: Path, ranks: int, asked: Any) -> list[dict[str, Any]]:
     """Run a job in several processes; return what each found. None outlives the call."""
     torch.save(asked, folder / "asked.pt")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     logs = [folder / f"{rank}.log" for rank in range(ranks)]
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -164,7 +176,7 @@ def start(job: str, folder: Path, ranks: int, asked: Any) -> list[dict[str, Any]
             command = [sys.executable, "-m", "tests.hf.split", job, str(folder), str(rank), str(ranks)]
             with log.open("wb") as sink:
                 started.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+                    subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=sink, stderr=subprocess.STDOUT)
                 )
         end = time.monotonic() + LIMIT
         while any(one.poll() is None for one in started):
