@@ -134,7 +134,8 @@ def _split_by_others(model: PreTrainedModel) -> bool:
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return not isinstance(model, FSDPModule)  # which gathers parameters before each forward pass
+    # FSDP gathers parameters before each forward pass: every process has all heads then.
+    return not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def said(value: Any) -> Any:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -38,6 +38,8 @@ from kvpolicy.errors import KVPolicyError
 from tests.docs.pages import ROOT
 
 LIMIT = 120  #: seconds that processes may take, and then fail
+Asked: TypeAlias = tuple[str, list[str], torch.dtype, tuple[int, ...]]  # folder, policies, dtype, tokens of each turn
+
 CASES = {
     "vase": Policy(Attention(16) >> ValueGuard(sinks=2) >> Stochastic() >> TopK(24), interval=8, recent=8),
     "vase_dkv": Policy(Leverage() >> Sinks(4) >> TopK(24), interval=8, recent=8),
@@ -53,14 +55,14 @@ CASES = {
 }
 
 
-def decode(model: Any, policy: EvictionPolicy) -> dict[str, Any]:
-    """Decode two turns greedily; return the logits of every step and what was kept."""
+def decode(model: Any, policy: EvictionPolicy, turns: tuple[int, ...]) -> dict[str, Any]:
+    """Decode so many tokens in each turn, greedily; return the logits of every step and what was kept."""
     tokens, mask = prompts()
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     found: list[Tensor] = []
     later = torch.randint(2, 90, (len(tokens), 11), generator=torch.Generator().manual_seed(5))
     with EvictionCache(model, policy, max_new_tokens=60, seeds=range(len(tokens))) as cache:
-        for new in (17, 9):
+        for new in turns:
             out: Any = model.generate(
                 tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, **options
             )
@@ -104,12 +106,12 @@ def in_stages(folder: str, ranks: int) -> Any:
 # What a process does
 
 
-def same(asked: list[tuple[str, list[str], torch.dtype]], rank: int, ranks: int) -> dict[str, Any]:
+def same(asked: list[Asked], rank: int, ranks: int) -> dict[str, Any]:
     """Decode with the model of each folder and each of the policies that are named for it."""
     found = {}
-    for where, names, dtype in asked:
+    for where, names, dtype, turns in asked:
         model = load(where, dtype, ranks)
-        found[where] = {name: decode(model, CASES[name]) for name in names}
+        found[where] = {name: decode(model, CASES[name], turns) for name in names}
     return found
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import distributed
 
-from tests.hf.split import CASES, same, start
+from kvpolicy.adapters.hf.ranks import Ranks
+from kvpolicy.errors import UnsupportedError
+from tests.hf.split import CASES, Asked, same, start
 from tests.models import default_folder, tiny
 
 pytestmark = pytest.mark.skipif(
@@ -40,11 +42,12 @@ def compare(whole: dict[str, Any], parts: list[dict[str, Any]], heads: int, clos
 def test_two_processes_keep_what_one_keeps(tmp_path: Path) -> None:
     for family, changes, _, _ in SPLITS:
         tiny(family, torch.float64, **changes).save_pretrained(tmp_path / family)
-    asked = [(str(tmp_path / family), names, torch.float64) for family, _, names, _ in SPLITS]
+    asked: list[Asked] = [(str(tmp_path / family), names, torch.float64, (17, 9)) for family, _, names, _ in SPLITS]
     found = start("same", tmp_path, 2, asked)
-    for (where, names, dtype), (_, _, _, heads) in zip(asked, SPLITS, strict=True):
+    for one_asked, (_, _, names, heads) in zip(asked, SPLITS, strict=True):
+        where = one_asked[0]
         parts = [one[where] for one in found]
-        whole = same([(where, names, dtype)], 0, 1)[where]
+        whole = same([one_asked], 0, 1)[where]
         kept = whole["vase"]["kept"][1]
         assert not torch.equal(kept[:, 0], kept[:, -1]), "heads that all keep the same would prove nothing"
         compare(whole, parts, heads, 1e-9)
@@ -73,9 +76,19 @@ def test_what_processes_cannot_do_together_is_refused_on_each_of_them(tmp_path: 
             assert words in said[name][1]
 
 
+def test_heads_are_where_the_plan_says_or_nothing_is_decided() -> None:
+    assert Ranks().heads(5) == (5, 0)
+    assert [Ranks(2, index, 4, split=True).heads(2) for index in (0, 1)] == [(4, 0), (4, 2)]
+    assert [Ranks(2, index, 4, split=False).heads(4) for index in (0, 1)] == [(4, 0), (4, 0)]
+    assert Ranks(2, 1, 4, split=False).all_reduce is None  # each has all heads: a sum would count them twice
+    for split, local in ((True, 4), (False, 2), (True, 1)):
+        with pytest.raises(UnsupportedError, match=f"a layer has {local} KV heads on rank 1"):
+            Ranks(2, 1, 4, split=split).heads(local)
+
+
 @pytest.mark.model
 @pytest.mark.slow
 def test_the_real_model_on_three_processes(tmp_path: Path) -> None:
-    asked = [(default_folder(), ["apart"], torch.float32)]
+    asked: list[Asked] = [(default_folder(), ["apart"], torch.float32, (9,))]
     parts = [one[default_folder()] for one in start("same", tmp_path, 3, asked)]  # it has 3 KV heads
     compare(same(asked, 0, 1)[default_folder()], parts, 1, 1e-3)
