@@ -57,7 +57,7 @@ def run(shape: Shape, sizes: list[int], repeats: int) -> Section:
 
 def _measure(evictions: Evictions, repeats: int) -> tuple[dict[str, list[float]], int]:
     store, laps = evictions.store, evictions.laps
-    budget = store.plan.budget
+    budget = store.plans[0].budget
     buffers = torch.zeros_like(store.keys), torch.zeros_like(store.values)
 
     def compact() -> float:
@@ -78,7 +78,7 @@ def _bytes_to_move(store: Store, moved: int) -> int:
     """Return the bytes of what changes its place: rows of moved slots, and the order of all."""
     spec = store.spec
     element = torch.finfo(spec.dtype).bits // 8
-    numbers = sum(t.element_size() for held in store.state if held for t in held.slots)
+    numbers = sum(t.element_size() for held in store.bands[0].state if held for t in held.slots)
     row = (spec.head_dim + spec.value_dim) * element + store.positions.element_size() + numbers
     return moved * row + spec.num_heads * store.longest * store.order.element_size()
 

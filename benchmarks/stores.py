@@ -39,11 +39,11 @@ def filled(policy: EvictionPolicy, shape: Shape, layers: range, kind: type[Store
 
 def grow(store: Store) -> None:
     """Add an interval of random tokens."""
-    _add(store, store.plan.capacity - store.plan.budget, decoding=True)
+    _add(store, store.plans[0].capacity - store.plans[0].budget, decoding=True)
 
 
 def _add(store: Store, count: int, *, decoding: bool) -> None:
-    spec, window = store.spec, store.plan.window
+    spec, window = store.spec, store.plans[0].window
     for index in range(len(store.layers)):
         keys = torch.randn(1, spec.num_heads, count, spec.head_dim).to(spec.dtype)
         values = torch.randn(1, spec.num_heads, count, spec.value_dim).to(spec.dtype)

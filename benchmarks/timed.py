@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.timing import clock
 from kvpolicy import Keep, Policy, Scores, Stochastic, TopK, ValueGuard, View
+from kvpolicy.band import Band, Span
 from kvpolicy.stage import Selector
 from kvpolicy.store import Store
 from kvpolicy.view import State
@@ -59,11 +60,11 @@ class TimedPolicy:
 class TimedStore(Store):
     """Be a store that notes how long compaction takes, and how many slots of all heads move."""
 
-    def compact(self, at: slice, keep: Keep, lengths: Tensor, kept: Tensor, limit: int) -> None:
+    def compact(self, band: Band, span: Span, keep: Keep, lengths: Tensor, kept: Tensor, limit: int) -> None:
         slots = torch.arange(keep.mask.shape[-1])
         moved = int((keep.mask & (slots >= kept[..., None])).sum())
         start = clock()
-        super().compact(at, keep, lengths, kept, limit)
-        assert isinstance(self.policy, TimedPolicy)
-        self.policy.laps.seconds["compact"] = clock() - start
-        self.policy.laps.moved = moved
+        super().compact(band, span, keep, lengths, kept, limit)
+        assert isinstance(band.policy, TimedPolicy)
+        band.policy.laps.seconds["compact"] = clock() - start
+        band.policy.laps.moved = moved

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.band import Band, Span
 from kvpolicy.compaction import compress
 from kvpolicy.integrity import insist_on_keep
 from kvpolicy.row import Row
@@ -47,42 +48,56 @@ class LogitSpec:
     workspace: int = DEFAULT_WORKSPACE
 
 
-def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
+def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[bool] | None = None) -> None:
     """Cut the rows that are due to their budget, in every layer of the store, in place.
 
-    Rows that are not due keep everything, but the policy sees them.
+    Rows that are not due keep everything. Policies see them, too, and may remember something.
 
     Args:
         store: modified.
         due: for each request.
         logits: what the model's attention does.
+        shown: requests that a policy is shown although nothing has to go; every one by default. The
+            others under the same policy are shown with them, and with those that are due.
     """
     store.settle()
-    budgets = [store.plan.budget if is_due else row.length for row, is_due in zip(store.rows, due, strict=True)]
-    limit = max(0, *(row.length - budget for row, budget in zip(store.rows, budgets, strict=True)))
-    total = len(store.layers) * len(store.rows)
-    every = _whole_view(store, budgets, limit, logits)
-    step = max(1, logits.workspace // 2 // _bytes_per_row(store))
-    for start in range(0, total, step):
-        at = slice(start, min(start + step, total))
-        view = _with_window(_rows_of(every, at), store, at)
-        keep, state = store.policy.select(view, store.state_of(at))
-        insist_on_keep(keep, view, store.policy)
-        store.remember(at, state)
-        if limit > 0:
-            store.compact(at, keep, view.lengths, torch.minimum(view.budget, view.lengths), limit)
-    store.rows = [row.evicted(budget, store.plan.recent) for row, budget in zip(store.rows, budgets, strict=True)]
+    budgets = [
+        plan.budget if is_due else row.length for plan, row, is_due in zip(store.plans, store.rows, due, strict=True)
+    ]
+    every = _whole_view(store, budgets, logits)
+    most = max(1, logits.workspace // 2 // _bytes_per_row(store))
+    for band in store.bands:
+        here = slice(band.first, band.stop)
+        if not any(due[here]) and not any([True] if shown is None else shown[here]):
+            continue
+        limit = _limit(store.rows[here], budgets[here])
+        of_band = {"recent": band.plan.recent, "max_budget": max(budgets[here]), "max_victims": limit}
+        for span in band.spans(most):
+            view = _with_window(dataclasses.replace(_rows_of(every, span.store), **of_band), store, band, span.store)
+            keep, state = band.policy.select(view, band.state_of(span))
+            insist_on_keep(keep, view, band.policy)
+            band.remember(span, state)
+            if limit > 0:
+                store.compact(band, span, keep, view.lengths, torch.minimum(view.budget, view.lengths), limit)
+        for r in range(band.first, band.stop):
+            store.rows[r] = store.rows[r].evicted(budgets[r], band.plan.recent)
+
+
+def _limit(rows: Sequence[Row], budgets: Sequence[int]) -> int:
+    """Return the largest number of slots that a row must lose."""
+    return max(0, *(row.length - budget for row, budget in zip(rows, budgets, strict=True)))
 
 
 def _bytes_per_row(store: Store) -> int:
     """Return what the temporaries of one row take: of its slots, its window, and its fresh tokens."""
     spec, fresh = store.spec, max(row.length - row.settled for row in store.rows)
-    queries = spec.num_query_heads * store.plan.window * spec.head_dim
+    queries = spec.num_query_heads * store.window.size * spec.head_dim
     tokens = spec.num_heads * fresh * (spec.head_dim + spec.value_dim)
     return spec.num_heads * spec.capacity * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
 
 
-def _whole_view(store: Store, budgets: Sequence[int], limit: int, logits: LogitSpec) -> View:
+def _whole_view(store: Store, budgets: Sequence[int], logits: LogitSpec) -> View:
+    """Return a view of all rows; what differs between policies is filled in later."""
     layers, heads, device = len(store.layers), store.spec.num_heads, store.spec.device
     lengths, settled = store.column("length"), store.column("settled")
     newest = max(row.length - row.settled for row in store.rows)
@@ -98,22 +113,23 @@ def _whole_view(store: Store, budgets: Sequence[int], limit: int, logits: LogitS
         budget=by_head.repeat(layers, 1),
         lengths=lengths[:, None].expand(-1, heads).repeat(layers, 1),
         layer=torch.tensor(store.layers, device=device).repeat_interleave(len(store.rows)),
-        max_budget=max(budgets),
-        max_victims=limit,
+        recent=0,
+        max_budget=0,
+        max_victims=0,
         sink_logits=None if logits.sinks is None else logits.sinks.repeat_interleave(len(store.rows), 0),
         **_of_rows(store.rows, layers, device),
-        **_of_model(store, logits),
+        **_of_model(logits),
     )
 
 
-def _with_window(view: View, store: Store, at: slice) -> View:
-    """Return a view of some rows with their queries, oldest first."""
-    if not store.plan.window:
+def _with_window(view: View, store: Store, band: Band, at: slice) -> View:
+    """Return a view of some rows with the queries that their policy asked for, oldest first."""
+    size, window = band.plan.window, store.window
+    if not size:
         return view
-    window = store.window
     places = (window.at * len(store.layers))[at]
     queries, positions = oldest_first(window.queries.flatten(0, 1)[at], window.positions.flatten(0, 1)[at], places)
-    return dataclasses.replace(view, queries=queries, query_positions=positions)
+    return dataclasses.replace(view, queries=queries[:, :, -size:], query_positions=positions[:, -size:])
 
 
 def fill_from(
@@ -141,9 +157,8 @@ def fill_from(
         after: every row with the new tokens and before any is dropped.
         logits: what the attention of this layer does, its sinks ``[1, Hq]``.
     """
-    heads, device, budget = store.spec.num_heads, store.spec.device, store.plan.budget
-    old = store.longest
-    budgets = [min(row.length, budget) for row in after]
+    heads, device, old = store.spec.num_heads, store.spec.device, store.longest
+    budgets = [min(row.length, plan.budget) for row, plan in zip(after, store.plans, strict=True)]
     lengths = torch.tensor([row.length for row in after], device=device)
     positions, order, fresh = _slots_of_turn(store, index, keys.shape[2], counts)
     window, at = store.window.after(counts, [row.seen for row in store.rows])
@@ -158,21 +173,32 @@ def fill_from(
         budget=by_head,
         lengths=lengths[:, None].expand(-1, heads),
         layer=torch.full((len(after),), store.layers[index], device=device),
-        max_budget=max(budgets),
-        max_victims=max(row.length - kept for row, kept in zip(after, budgets, strict=True)),
-        queries=asked if store.plan.window else None,
-        query_positions=asked_positions if store.plan.window else None,
+        recent=0,
+        max_budget=0,
+        max_victims=0,
         sink_logits=None if logits.sinks is None else logits.sinks.expand(len(after), -1),
         **_of_rows(after, 1, device),
-        **_of_model(store, logits),
+        **_of_model(logits),
     )
-    here = slice(index * len(after), (index + 1) * len(after))
-    keep, state = store.policy.select(view, _state_of_turn(store, here, old, keys.shape[2] - old))
-    insist_on_keep(keep, view, store.policy)
+    masks, states = [], []
+    for band in store.bands:
+        here, span, size = slice(band.first, band.stop), band.layer(index), band.plan.window
+        part = dataclasses.replace(
+            _rows_of(view, here),
+            recent=band.plan.recent,
+            max_budget=max(budgets[here]),
+            max_victims=_limit(after[here], budgets[here]),
+            queries=asked[here, :, -size:] if size else None,
+            query_positions=asked_positions[here, -size:] if size else None,
+        )
+        keep, state = band.policy.select(part, _state_of_turn(store, band, span, old, keys.shape[2] - old))
+        insist_on_keep(keep, part, band.policy)
+        store.broken[span.store] += keep.broken
+        masks.append(keep.mask)
+        states.append(state)
     in_order = order.to(torch.int64)
-    survivors = compress(in_order, keep.mask.gather(-1, in_order), max(budgets), -1)
-    store.fill(index, survivors, keys, values, positions, state)
-    store.broken[here] += keep.broken
+    survivors = compress(in_order, torch.cat(masks).gather(-1, in_order), max(budgets), -1)
+    store.fill(index, survivors, keys, values, positions, states)
 
 
 def _slots_of_turn(store: Store, index: int, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,11 +226,11 @@ def _slots_of_turn(store: Store, index: int, size: int, counts: Sequence[int]) -
     return positions, order.to(torch.int32), fresh
 
 
-def _state_of_turn(store: Store, here: slice, old: int, width: int) -> State:
+def _state_of_turn(store: Store, band: Band, span: Span, old: int, width: int) -> State:
     """Return the state of a layer's slots, followed by that of tokens that nobody has seen."""
-    empty = store.policy.init(dataclasses.replace(store.spec, capacity=width), here.stop - here.start)
+    empty = band.policy.init(dataclasses.replace(store.spec, capacity=width), band.count)
     joined: list[StageState | None] = []
-    for held, new in zip(store.state_of(here), empty, strict=True):
+    for held, new in zip(band.state_of(span), empty, strict=True):
         if held is None or new is None:
             joined.append(None)
             continue
@@ -228,9 +254,8 @@ def _of_rows(rows: Sequence[Row], layers: int, device: torch.device) -> dict[str
     }
 
 
-def _of_model(store: Store, logits: LogitSpec) -> dict[str, Any]:
+def _of_model(logits: LogitSpec) -> dict[str, Any]:
     return {
-        "recent": store.plan.recent,
         "num_layers": logits.num_layers,
         "num_heads": logits.num_heads,
         "head_offset": logits.head_offset,

@@ -72,7 +72,7 @@ def _check_tensors(store: Store) -> None:
     spec, window = store.spec, store.window
     lead = (len(store.layers), len(store.rows))
     slots = (*lead, spec.num_heads, spec.capacity)
-    size = store.plan.window
+    size = store.window.size
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
         ("keys", store.keys, (*slots, spec.head_dim), spec.dtype),
         ("values", store.values, (*slots, spec.value_dim), spec.dtype),
@@ -87,11 +87,14 @@ def _check_tensors(store: Store) -> None:
         ),
         ("window.positions", window.positions, (*lead, size), torch.int32),
     ]
-    for stage, held in enumerate(store.state):
-        if held is not None:
-            rows = lead[0] * lead[1]
-            expected += [(f"state[{stage}].slots", t, (rows, *slots[2:], *t.shape[3:]), t.dtype) for t in held.slots]
-            expected += [(f"state[{stage}].rows", t, (rows, *t.shape[1:]), t.dtype) for t in held.rows]
+    for number, band in enumerate(store.bands):
+        rows, name = band.layers * band.count, f"bands[{number}].state"
+        for stage, held in enumerate(band.state):
+            if held is not None:
+                expected += [
+                    (f"{name}[{stage}].slots", t, (rows, *slots[2:], *t.shape[3:]), t.dtype) for t in held.slots
+                ]
+                expected += [(f"{name}[{stage}].rows", t, (rows, *t.shape[1:]), t.dtype) for t in held.rows]
     for name, tensor, shape, dtype in expected:
         if tuple(tensor.shape) != shape:
             _refuse(name, f"shape {tuple(tensor.shape)}, and the store's sizes make it {shape}")

@@ -28,7 +28,9 @@ class Receipt:
             guards protected more than the budget.
         nbytes: bytes allocated for keys, values, positions, window and policy state of the
             layers that evict.
-        window_nbytes: those of them that hold the newest queries.
+        turn_nbytes: what the largest turn so far held besides, for one layer at a time: the keys and
+            values of a prompt, or of a chunk of it joined with the slots.
+        window_nbytes: those of nbytes that hold the newest queries.
         other_nbytes: bytes that layers left alone (sliding, linear) hold now.
         layers: the layers that evict.
         skipped: the layers left alone, and why.
@@ -43,11 +45,17 @@ class Receipt:
     evictions: tuple[int, ...]
     guards_broken: tuple[int, ...]
     nbytes: int
+    turn_nbytes: int
     window_nbytes: int
     other_nbytes: int
     layers: tuple[int, ...]
     skipped: dict[int, str]
     kept: dict[int, Tensor] = field(repr=False, compare=False)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Return the most that the evicting layers have held at once, an eviction's workspace apart."""
+        return self.nbytes + self.turn_nbytes
 
     def positions(self, layer: int) -> Tensor:
         """Return the kept positions of one layer, ascending.
@@ -76,6 +84,7 @@ class Receipt:
         lines.append(f"memory      {size(self.nbytes)} allocated, {self.capacity} slots per KV head, never grown")
         if self.window_nbytes:
             lines.append(f"            {size(self.window_nbytes)} of it for the newest queries, which the policy asks")
+        lines.append(f"            {size(self.turn_nbytes)} besides during the largest turn, for one layer at a time")
         if self.other_nbytes:
             lines.append(f"            {size(self.other_nbytes)} in the layers left alone")
         lines.append(f"{'request':>7}  {'tokens seen':>11}  {'slots in use':>12}  {'evictions':>9}")

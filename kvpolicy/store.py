@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvpolicy.band import Band, Span, bands_of
 from kvpolicy.compaction import move_, moves, reorder_after
 from kvpolicy.errors import UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.scores import Keep
-from kvpolicy.view import LayerSpec, StageState, State
+from kvpolicy.view import LayerSpec, State
 from kvpolicy.window import QueryWindow
 
 __all__ = ["Store"]
@@ -27,9 +28,17 @@ class Store:
     :meth:`settle`: they are consecutive, and end at ``seen - 1``. Every tensor keeps its address
     for the life of the store.
 
+    Args:
+        policy: what every request follows, or one for each request.
+        plan: budget, capacity, interval, recent and window of each layer, or one for each request.
+        spec: heads, sizes, dtype and device of each layer.
+        layers: which layers of the model these are.
+        rows: one record a request.
+        drafts: tokens that may be taken back at once; the slots and the window hold as many more.
+
     Attributes:
-        policy: whose state is held.
-        plan: budget, capacity, interval, recent and window of each layer.
+        plans: one a request.
+        bands: the requests that follow one policy, and what it remembers.
         spec: heads, sizes, dtype and device of each layer.
         layers: which layers of the model these are.
         rows: one record a request.
@@ -38,52 +47,38 @@ class Store:
         positions: ``[layers, requests, H, C]`` int32, -1 where free.
         order: ``[layers, requests, H, C]`` int32, the slots in position order, free slots last.
         window: the newest queries.
-        state: what the policy remembers: ``[layers * requests, H, C]``, and one entry a row.
         broken: ``[layers * requests]`` int64, guarded tokens that had to go, for the receipt.
     """
 
     def __init__(
         self,
-        policy: EvictionPolicy,
-        plan: LayerPlan,
+        policy: EvictionPolicy | Sequence[EvictionPolicy],
+        plan: LayerPlan | Sequence[LayerPlan],
         spec: LayerSpec,
         layers: Sequence[int],
         rows: Sequence[Row],
+        drafts: int = 0,
     ) -> None:
-        if spec.capacity != plan.capacity:
-            raise UsageError(f"a layer of {spec.capacity} slots cannot follow a plan of {plan.capacity}")
-        self.policy, self.plan, self.spec = policy, plan, spec
-        self.layers, self.rows = tuple(layers), list(rows)
+        policies = policy if isinstance(policy, Sequence) else [policy] * len(rows)
+        self.plans = tuple(plan) if isinstance(plan, Sequence) else (plan,) * len(rows)
+        if spec.capacity != max(one.capacity for one in self.plans) + drafts:
+            raise UsageError(f"a layer of {spec.capacity} slots cannot follow {plan} with {drafts} drafts")
+        self.spec, self.layers, self.rows, self.drafts = spec, tuple(layers), list(rows), drafts
+        self.bands = bands_of(policies, self.plans, len(self.layers))
         self._ends: tuple[Tensor, Tensor, Tensor] | None = None
         lead, device = (len(self.layers), len(self.rows)), spec.device
         slots = (*lead, spec.num_heads, spec.capacity)
+        asked = max(one.window for one in self.plans)
+        size = asked + drafts if asked else 0
         with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
             self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=device)
             self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
             self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
             self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
-            self.window = QueryWindow(*lead, spec.num_query_heads, plan.window, spec.head_dim, spec.dtype, device)
-            self.state = self._checked(policy.init(spec, lead[0] * lead[1]))
+            self.window = QueryWindow(*lead, spec.num_query_heads, size, spec.head_dim, spec.dtype, device)
+            for band in self.bands:
+                band.state = band.begin(spec)
             self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
-
-    def _checked(self, state: State) -> State:
-        """Return a new state, contiguous; refuse one whose tensors cannot follow the slots."""
-        rows, heads, capacity = len(self.layers) * len(self.rows), self.spec.num_heads, self.spec.capacity
-        checked: list[StageState | None] = []
-        for index, held in enumerate(state):
-            if held is None:
-                checked.append(None)
-                continue
-            wanted = [(t, (rows, heads, capacity)) for t in held.slots] + [(t, (rows,)) for t in held.rows]
-            for tensor, lead in wanted:
-                if tensor.shape[: len(lead)] != lead or tensor.device != self.spec.device:
-                    raise UsageError(
-                        f"state {index} of {self.policy!r} has a tensor {tuple(tensor.shape)} on {tensor.device}; init"
-                        f"(spec, rows) must give ({', '.join(map(str, lead))}, ...) on {self.spec.device}"
-                    )
-            slots, each = tuple(t.contiguous() for t in held.slots), tuple(t.contiguous() for t in held.rows)
-            checked.append(StageState(slots, each))
-        return tuple(checked)
 
     # What it holds
 
@@ -103,7 +98,7 @@ class Store:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor of slots, window and policy state."""
-        held = [t for stage in self.state if stage is not None for t in (*stage.slots, *stage.rows)]
+        held = [t for band in self.bands for t in band.tensors()]
         return [
             self.keys,
             self.values,
@@ -126,7 +121,9 @@ class Store:
 
     # Writing tokens
 
-    def append(self, index: int, keys: Tensor, values: Tensor, counts: Sequence[int]) -> None:
+    def append(
+        self, index: int, keys: Tensor, values: Tensor, counts: Sequence[int], behind: Sequence[int] | None = None
+    ) -> None:
         """Write new tokens behind the last slot of each row; :meth:`advance` makes them count.
 
         Modifies ``keys`` and ``values`` of one layer.
@@ -136,30 +133,32 @@ class Store:
             keys: ``[requests, H, T, D]``, left-padded.
             values: ``[requests, H, T, Dv]``.
             counts: new tokens of each row, which are its last columns.
+            behind: how many slots of each row stay before them, where that is not ``length``.
 
         Raises:
             UsageError: they do not fit; nothing was written.
         """
-        width, first = keys.shape[2], self.rows[0].length
-        if any(row.length + count > self.spec.capacity for row, count in zip(self.rows, counts, strict=True)):
+        width = keys.shape[2]
+        used = [row.length for row in self.rows] if behind is None else list(behind)
+        if any(length + count > self.spec.capacity for length, count in zip(used, counts, strict=True)):
             why = "it was not evicted when it was due"
-            if self.plan.interval is None:
+            if any(plan.interval is None for plan in self.plans):
                 why = "the policy evicts at the end of a turn only; bind it with a larger max_new_tokens"
             raise UsageError(
-                f"a row holds {self.longest} of {self.spec.capacity} slots and cannot take {max(counts)} more: {why}"
+                f"a row holds {max(used)} of {self.spec.capacity} slots and cannot take {max(counts)} more: {why}"
             )
-        if self.uniform and all(count == width for count in counts):
-            self.keys[index, :, :, first : first + width].copy_(keys)
-            self.values[index, :, :, first : first + width].copy_(values)
+        if len(set(used)) == 1 and all(count == width for count in counts):
+            self.keys[index, :, :, used[0] : used[0] + width].copy_(keys)
+            self.values[index, :, :, used[0] : used[0] + width].copy_(values)
             return
-        if width == 1 and all(counts):
+        if width == 1 and all(counts) and behind is None:
             at = self._last_slots()
             self.keys[index].index_put_(at, keys[:, :, 0])
             self.values[index].index_put_(at, values[:, :, 0])
             return
-        for r, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
-            self.keys[index, r, :, row.length : row.length + count].copy_(keys[r, :, width - count :])
-            self.values[index, r, :, row.length : row.length + count].copy_(values[r, :, width - count :])
+        for r, (length, count) in enumerate(zip(used, counts, strict=True)):
+            self.keys[index, r, :, length : length + count].copy_(keys[r, :, width - count :])
+            self.values[index, r, :, length : length + count].copy_(values[r, :, width - count :])
 
     def _last_slots(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return indices of the first free slot of every row and head; made once a step."""
@@ -179,7 +178,7 @@ class Store:
         keys: Tensor,
         values: Tensor,
         positions: Tensor,
-        state: State,
+        states: Sequence[State],
     ) -> None:
         """Replace the slots of one layer by survivors of a larger, temporary layer.
 
@@ -191,27 +190,24 @@ class Store:
             keys: ``[requests, H, S, D]``.
             values: ``[requests, H, S, Dv]``.
             positions: ``[requests, H, S]``.
-            state: of the temporary layer.
+            states: of the temporary layer, one a band.
         """
-        here, used = self._rows_of(index), survivors >= 0
-        slots, size = survivors.clamp(min=0), survivors.shape[-1]
-
-        def pick(x: Tensor) -> Tensor:
-            at = slots.view(*slots.shape, *[1] * (x.dim() - 3)).expand(*slots.shape, *x.shape[3:])
-            return x.gather(2, at)
-
-        self.keys[index, :, :, :size].copy_(pick(keys))
-        self.values[index, :, :, :size].copy_(pick(values))
+        used, size = survivors >= 0, survivors.shape[-1]
+        self.keys[index, :, :, :size].copy_(_picked(keys, survivors))
+        self.values[index, :, :, :size].copy_(_picked(values, survivors))
         self.positions[index].fill_(-1)
-        self.positions[index, :, :, :size].copy_(torch.where(used, pick(positions), -1))
+        self.positions[index, :, :, :size].copy_(torch.where(used, _picked(positions, survivors), -1))
         self.order[index].copy_(torch.arange(self.spec.capacity, device=self.spec.device))
-        for mine, new in zip(self.state, state, strict=True):
-            if mine is not None and new is not None:
-                for held, given in zip(mine.slots, new.slots, strict=True):
-                    mask = used.view(*used.shape, *[1] * (given.dim() - 3))
+        for band, state in zip(self.bands, states, strict=True):
+            here, mine = band.layer(index).band, survivors[band.first : band.stop]
+            for held_stage, new in zip(band.state, state, strict=True):
+                if held_stage is None or new is None:
+                    continue
+                for held, given in zip(held_stage.slots, new.slots, strict=True):
+                    mask = (mine >= 0).view(*mine.shape, *[1] * (given.dim() - 3))
                     held[here].zero_()
-                    held[here, :, :size].copy_(torch.where(mask, pick(given), 0))
-                for held, given in zip(mine.rows, new.rows, strict=True):
+                    held[here, :, :size].copy_(torch.where(mask, _picked(given, mine), 0))
+                for held, given in zip(held_stage.rows, new.rows, strict=True):
                     held[here].copy_(given)
 
     def observe(self, index: int, queries: Tensor, counts: Sequence[int]) -> None:
@@ -243,24 +239,26 @@ class Store:
         behind = self.positions[..., first : self.longest]
         behind.copy_(torch.where(new, (slots + seen - length).to(torch.int32), behind))
 
-    def compact(self, at: slice, keep: Keep, lengths: Tensor, kept: Tensor, limit: int) -> None:
+    def compact(self, band: Band, span: Span, keep: Keep, lengths: Tensor, kept: Tensor, limit: int) -> None:
         """Drop what ``keep`` does not name: survivors of the tail move into the holes.
 
         Modifies keys, values, positions, order and slot-aligned state of some rows, in place, in
         ``O(evicted)`` bytes of keys and values; assigning ``rows`` makes it count.
 
         Args:
-            at: which of the ``layers * requests`` rows.
+            band: whose rows.
+            span: which of them.
             keep: for these rows.
             lengths: ``[rows, H]`` slots in use.
             kept: ``[rows, H]`` survivors.
             limit: the largest ``lengths - kept``, known on the host.
         """
+        at = span.store
         positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
         order.copy_(reorder_after(order, keep.mask, source, target))
         moving = [self.keys.flatten(0, 1)[at], self.values.flatten(0, 1)[at], positions]
-        held = [t[at] for stage in self.state if stage is not None for t in stage.slots]
+        held = [t[span.band] for t in band.slots()]
         move_([*moving, *held], source, target)
         first, last = max(0, min(row.length for row in self.rows) - limit), self.longest
         free = torch.arange(first, last, device=positions.device) >= kept[..., None]
@@ -268,20 +266,6 @@ class Store:
         for tensor in held:  # the next token of a slot begins with nothing
             tensor[:, :, first:last].masked_fill_(free.view(*free.shape, *[1] * (tensor.dim() - 3)), 0)
         self.broken[at] += keep.broken
-
-    def remember(self, at: slice, state: State) -> None:
-        """Take over the state of some of the ``layers * requests`` rows; modifies ``state``."""
-        for mine, new in zip(self.state, state, strict=True):
-            if mine is not None and new is not None:
-                for held, given in zip((*mine.slots, *mine.rows), (*new.slots, *new.rows), strict=True):
-                    held[at].copy_(given)
-
-    def state_of(self, at: slice) -> State:
-        """Return the state of some of the ``layers * requests`` rows, as views."""
-        return tuple(
-            None if held is None else StageState(tuple(t[at] for t in held.slots), tuple(t[at] for t in held.rows))
-            for held in self.state
-        )
 
     # Undoing, reordering, starting again
 
@@ -297,12 +281,7 @@ class Store:
         Raises:
             UsageError: tokens so old that some heads have evicted some of them; nothing was changed.
         """
-        certain = min(row.seen - row.intact for row in self.rows)
-        if not all(0 <= count <= row.seen - row.intact for row, count in zip(self.rows, counts, strict=True)):
-            raise UsageError(
-                f"crop({max(counts)}): only the newest {certain} tokens are certainly still in every head; "
-                "crop fewer, or reset() and begin again"
-            )
+        self.check_crop(counts)
         left = [row.length - count for row, count in zip(self.rows, counts, strict=True)]
         if any(length < row.settled for row, length in zip(self.rows, left, strict=True)):
             self._drop_newest(counts, left)
@@ -315,6 +294,15 @@ class Store:
         self.window.crop(counts, [row.seen for row in self.rows])
         self._ends = None
 
+    def check_crop(self, counts: Sequence[int]) -> None:
+        """Raise what :meth:`crop` would; modifies nothing."""
+        certain = min(row.seen - row.intact for row in self.rows)
+        if not all(0 <= count <= row.seen - row.intact for row, count in zip(self.rows, counts, strict=True)):
+            raise UsageError(
+                f"crop({max(counts)}): only the newest {certain} tokens are certainly still in every head; "
+                "crop fewer, or reset() and begin again"
+            )
+
     def _drop_newest(self, counts: Sequence[int], left: Sequence[int]) -> None:
         self.settle()
         heads, layers = self.spec.num_heads, len(self.layers)
@@ -324,7 +312,11 @@ class Store:
         lengths = self.column("length").repeat(layers)[:, None].expand(-1, heads)
         kept = torch.tensor(left, device=self.spec.device).repeat(layers)[:, None].expand(-1, heads)
         none_broken = torch.zeros_like(self.broken)
-        self.compact(slice(None), Keep(mask, None, none_broken), lengths, kept, max(counts))
+        for band in self.bands:
+            for span in band.spans(len(none_broken)):
+                at = span.store
+                keep = Keep(mask[at], None, none_broken[at])
+                self.compact(band, span, keep, lengths[at], kept[at], max(counts))
 
     def reorder(self, requests: Tensor) -> None:
         """Replace every row by the one that ``requests`` names, as beam search does.
@@ -340,17 +332,44 @@ class Store:
         named = requests.tolist()
         if len(named) != len(self.rows) or not all(0 <= r < len(self.rows) for r in named):
             raise UsageError(f"reorder({named}): name one of the {len(self.rows)} rows for each of them")
-        requests = requests.to(self.spec.device)
-        for tensor in (self.keys, self.values, self.positions, self.order):
-            tensor.copy_(tensor.index_select(1, requests))
-        lead = (len(self.layers), len(self.rows))
-        held = [t for stage in self.state if stage is not None for t in (*stage.slots, *stage.rows)]
-        for tensor in (*held, self.broken):
-            by_request = tensor.view(*lead, *tensor.shape[1:])
-            by_request.copy_(by_request.index_select(1, requests))
-        self.window.reorder(requests)
+        if any(not all(band.first <= r < band.stop for r in named[band.first : band.stop]) for band in self.bands):
+            raise UsageError(f"reorder({named}): a row can only become one that follows the same policy")
+        self._copy_rows(self, named)
         self.rows = [replace(self.rows[r]) for r in named]
         self._ends = None
+
+    def fork(self, requests: Sequence[int]) -> Store:
+        """Return a new store whose rows are copies of some rows of this one; modifies nothing.
+
+        Args:
+            requests: which, each as often as it is named.
+        """
+        policies = [self._band_of(r).policy for r in requests]
+        plans, rows = [self.plans[r] for r in requests], [replace(self.rows[r]) for r in requests]
+        new = Store(policies, plans, self.spec, self.layers, rows, self.drafts)
+        new._copy_rows(self, requests)
+        return new
+
+    def _band_of(self, request: int) -> Band:
+        return next(band for band in self.bands if band.first <= request < band.stop)
+
+    def _copy_rows(self, source: Store, requests: Sequence[int]) -> None:
+        """Replace the tensors of every row by those of the rows that are named of a store, which may be this one."""
+        at = torch.tensor(list(requests), device=self.spec.device)
+        for name in ("keys", "values", "positions", "order"):
+            getattr(self, name).copy_(getattr(source, name).index_select(1, at))
+        layers = len(self.layers)
+        self.broken.view(layers, -1).copy_(source.broken.view(layers, -1).index_select(1, at))
+        self.window.copy_rows(source.window, at)
+        for band in self.bands:
+            named = requests[band.first : band.stop]
+            origins = [source._band_of(r) for r in named]
+            for number, mine in enumerate(band.tensors()):
+                theirs = [
+                    origin.tensors()[number].unflatten(0, (layers, origin.count))[:, r - origin.first]
+                    for origin, r in zip(origins, named, strict=True)
+                ]
+                mine.copy_(torch.stack(theirs, 1).flatten(0, 1))
 
     def reset(self) -> None:
         """Forget everything but the requests' names and seeds; modifies every tensor, in place."""
@@ -358,13 +377,10 @@ class Store:
         self.order.copy_(torch.arange(self.spec.capacity, device=self.spec.device))
         self.broken.zero_()
         self.window.reset()
-        self.remember(slice(None), self.policy.init(self.spec, len(self.layers) * len(self.rows)))
+        for band in self.bands:
+            band.remember(Span(slice(None), slice(None)), band.policy.init(self.spec, band.layers * band.count))
         self.rows = [Row(request=row.request, seed=row.seed) for row in self.rows]
         self._ends = None
-
-    def _rows_of(self, index: int) -> slice:
-        """Return which of the ``layers * requests`` rows belong to one layer."""
-        return slice(index * len(self.rows), (index + 1) * len(self.rows))
 
     def check_integrity(self) -> None:
         """Check that the parts of this store agree with each other; modifies nothing.
@@ -375,3 +391,9 @@ class Store:
         from kvpolicy.integrity import check_integrity
 
         check_integrity(self)
+
+
+def _picked(x: Tensor, slots: Tensor) -> Tensor:
+    """Return some slots ``[R, H, N]`` of ``[R, H, S, ...]``; anything where -1 is named."""
+    at = slots.clamp(min=0).view(*slots.shape, *[1] * (x.dim() - 3))
+    return x.gather(2, at.expand(*slots.shape, *x.shape[3:]))

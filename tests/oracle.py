@@ -32,12 +32,17 @@ class Layer:
 
 @dataclass
 class Oracle:
-    """Decode with a full cache, hiding what the policy has evicted."""
+    """Decode with a full cache, hiding what the policy has evicted.
+
+    With ``drafts``, later passes of up to one token more are drafts: :meth:`crop` takes some back,
+    and only then is anything evicted. Of a longer pass, the last ``drafts`` tokens are decoded ones.
+    """
 
     model: Any
     policy: EvictionPolicy
     max_new_tokens: int | None = None
     seeds: list[int] | None = None
+    drafts: int = 0
     layers: dict[int, Layer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,6 +53,9 @@ class Oracle:
         self.columns, self.decoded, self.prompt = 0, 0, torch.zeros(0)
         self.pads: Tensor | None = None
         self.history: list[dict[int, Tensor]] = []
+        self.unsettled: dict[int, tuple[Tensor, Tensor, Any]] = {}
+        self.in_prompt = True
+        self.turn_done = False  # a turn was cut, but for the tokens that may be drafts
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits of the last token of each row, ``[R, vocabulary]``."""
@@ -56,10 +64,13 @@ class Oracle:
         self.valid = new.bool() if self.pads is None else torch.cat([self.pads, new.bool()], 1)
         self.pads = self.valid
         positions = (self.valid.long().cumsum(1) - 1).clamp(min=0)[:, -width:]
-        self.decoding = self.columns > 0 and width == 1
-        self.decoded = self.decoded + 1 if self.decoding else 0
-        if not self.decoding and len(self.prompt) == 0:
-            self.prompt = new.sum(1)
+        self.decoding = self.columns > 0 and width <= self.drafts + 1
+        self.tail = 0 if self.decoding else min(self.drafts, int(new.sum(1).min()) - 1)
+        self.settled = self.decoded if self.decoding else 0
+        self.decoded = self.decoded + width if self.decoding else self.tail
+        if not self.decoding and self.in_prompt:
+            self.prompt = self.valid.sum(1) - self.tail
+        self.in_prompt = not self.decoding and not self.tail
         before, original = self.model.get_decoder(), self.model.config._attn_implementation
         before.set_attn_implementation("oracle")
         _current.append(self)
@@ -107,8 +118,45 @@ class Oracle:
             visible.repeat_interleave(group, 1),
             **kwargs,
         )
-        self.evict(layer, held, key, value, kwargs)
+        if self.drafts:
+            self.unsettled[layer] = key, value, kwargs
+            if not self.decoding:
+                self.cut(layer, held, key, value, kwargs)
+        else:
+            self.evict(layer, held, key, value, kwargs)
         return out.transpose(1, 2).contiguous()
+
+    def cut(self, layer: int, held: Layer, keys: Tensor, values: Tensor, kwargs: dict[str, Any]) -> None:
+        """Evict at the end of a turn, without the tokens that may be drafts."""
+        end = keys.shape[2] - self.tail
+        whole, hidden = self.valid, held.alive[:, :, end:]
+        early = Layer(held.alive[:, :, :end], held.positions[:, :end], held.queries[:, :, :end],
+                      held.query_positions[:, :end], held.state, held.evictions, held.told)  # fmt: skip
+        self.turn_done = False
+        if self.over(early, layer):
+            self.valid = whole[:, :end]
+            self.evict(layer, early, keys[:, :, :end], values[:, :, :end], kwargs)
+            self.valid = whole
+            held.state, held.told = early.state, early.told
+            held.alive = torch.cat([early.alive, hidden], 2)
+            self.turn_done = True
+
+    def over(self, held: Layer, layer: int) -> bool:
+        plan = self.plan.layers[self.evicting.index(layer)]
+        return bool((held.alive[:, 0].sum(-1) > plan.budget).any())
+
+    def crop(self, count: int) -> None:
+        """Take back the last tokens, and evict where it is due."""
+        self.cache.crop(-count)
+        size = self.valid.shape[1] - count
+        self.valid = self.pads = self.valid[:, :size]
+        self.columns, self.decoded = self.columns - count, self.decoded - count
+        for layer, (keys, values, kwargs) in self.unsettled.items():
+            held = self.layers[layer]
+            held.alive, held.positions = held.alive[:, :, :size], held.positions[:, :size]
+            held.queries, held.query_positions = held.queries[:, :, :size], held.query_positions[:, :size]
+            self.evict(layer, held, keys[:, :, :size], values[:, :, :size], kwargs)
+        self.unsettled = {}
 
     def evict(
         self, index: int, held: Layer, keys: Tensor, values: Tensor, kwargs: dict[str, Any], seen: Tensor | None = None
@@ -121,10 +169,12 @@ class Oracle:
             _, held.state = self.policy.select(view, self.state(held, view, plan))
             held.told = keys.shape[2]
             return
-        at_interval = self.decoding and plan.interval is not None and self.decoded % plan.interval == 0
+        interval = plan.interval
+        at_interval = interval is not None and self.decoded // interval > self.settled // interval
+        turn = not self.decoding and not self.turn_done
         length = held.alive[:, 0].sum(-1)
         due = length > plan.budget
-        if not (at_interval or not self.decoding) or not (due.any() or "every_query" in self.policy.needs):
+        if not (at_interval or turn) or not (due.any() or "every_query" in self.policy.needs):
             return
         view = self.view(index, held, keys, values, plan, due, kwargs)
         state = self.state(held, view, plan)

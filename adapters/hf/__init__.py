@@ -1,5 +1,6 @@
 """Hugging Face transformers: pass an ``EvictionCache`` as ``past_key_values``."""
 
 from kvpolicy.adapters.hf.cache import EvictionCache
+from kvpolicy.adapters.hf.replay import Replay, replay
 
-__all__ = ["EvictionCache"]
+__all__ = ["EvictionCache", "Replay", "replay"]

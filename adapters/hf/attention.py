@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["CACHE", "SUPPORTED", "register"]
+__all__ = ["CACHE", "SUPPORTED", "one_token", "register", "several_tokens", "turn"]
 
 CACHE = "kvpolicy_cache"  #: the keyword under which a forward pass hands its cache to the attention function
 SUPPORTED = ("sdpa", "eager")  #: what evicting layers can stand in for
@@ -90,11 +90,37 @@ def several_tokens(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
     visible: Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """Attend a turn of several tokens to the slots in use and to itself.
+    """Attend several decoded tokens to the slots in use, which hold them too.
+
+    Args:
+        module: the attention module.
+        function: what the model used before it was bound.
+        original: its name.
+        query: ``[B, Hq, T, D]``.
+        key: ``[B, H, S, D]``.
+        value: ``[B, H, S, Dv]``.
+        visible: ``[B, 1, T, S]`` bool.
+        **kwargs: what transformers passed.
+    """
+    mask = visible if original == "sdpa" else additive(visible, query.dtype)
+    return function(module, query, key, value, mask, **kwargs)
+
+
+def turn(
+    module: nn.Module,
+    function: AttentionFunction,
+    original: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """Attend a turn to the slots in use before it and to itself.
 
     Args:
         module: the attention module.
@@ -103,8 +129,8 @@ def several_tokens(
         query: ``[B, Hq, T, D]``.
         key: ``[B, H, S_old + T, D]``.
         value: ``[B, H, S_old + T, Dv]``.
-        mask: ``[B, 1, T, T]``, what transformers made for the new tokens, or None for causal.
         visible: ``[B, 1, 1, S_old]`` bool, the slots in use, or None where there are none.
+        mask: ``[B, 1, T, T]``, what transformers made for the new tokens, or None for causal.
         **kwargs: what transformers passed.
     """
     if visible is None:

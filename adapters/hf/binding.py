@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from kvpolicy.adapters.hf.attention import CACHE, SUPPORTED, register
 from kvpolicy.adapters.hf.ranks import Ranks, ranks_of
 from kvpolicy.errors import UnsupportedError
 
 __all__ = ["Binding", "Survey", "bind", "survey"]
+
+
+_UNBOUNDED = 2**30  #: tokens that a static sliding layer may see: its window is what bounds it
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,23 @@ class Survey:
         layers: a fresh cache layer for each, as transformers makes them.
         evicting: indices of the full-attention layers.
         skipped: the others, and what they are.
-        groups: the evicting layers by the device that they run on.
+        groups: the evicting layers of each device that they run on.
         ranks: the processes that share the heads.
     """
 
     layers: list[Any]
     evicting: tuple[int, ...]
     skipped: dict[int, str]
-    groups: tuple[tuple[int, ...], ...]
+    groups: dict[torch.device, tuple[int, ...]]
     ranks: Ranks
 
 
-def survey(model: nn.Module) -> Survey:
+def survey(model: nn.Module, *, static: bool = False) -> Survey:
     """Return what the layers of a model are.
+
+    Args:
+        model: of transformers.
+        static: layers left alone have fixed shapes, too.
 
     Raises:
         UnsupportedError: this model cannot evict correctly; the message says why.
@@ -56,17 +63,19 @@ def survey(model: nn.Module) -> Survey:
     layers = list(DynamicCache(config=config).layers)
     evicting = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     skipped = {i: type(layer).__name__ for i, layer in enumerate(layers) if i not in evicting}
+    if static:  # layers allocate when the first tokens come, so those that evict never do
+        layers = list(StaticCache(config=config, max_cache_len=_UNBOUNDED).layers)
     for i, kind in skipped.items():
         if ("Sliding" not in kind and "Linear" not in kind) or "And" in kind:
             raise UnsupportedError(f"layer {i} of {name} is a {kind}, which is not supported yet")
     if not evicting:
         kinds = ", ".join(sorted(set(skipped.values()))) or "nothing that transformers' DynamicCache knows"
         raise UnsupportedError(f"{name} has no full-attention layer to evict from; its layers are {kinds}")
-    devices: dict[str, list[int]] = {}
+    devices: dict[torch.device, list[int]] = {}
     homes = _devices(model)
     for i in evicting:
-        devices.setdefault(str(homes.get(i, model.device)), []).append(i)
-    groups = tuple(tuple(group) for group in devices.values())
+        devices.setdefault(homes.get(i, model.device), []).append(i)
+    groups = {device: tuple(group) for device, group in devices.items()}
     return Survey(layers, evicting, skipped, groups, ranks_of(model))
 
 
@@ -171,14 +180,13 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         cache.finish()
 
 
-@runtime_checkable
-class Evicting(Protocol):
+class Evicting:
     """Be what the hooks ask of a cache, once before and once after each forward pass."""
 
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step."""
-        ...
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Make the step count, and evict where it is due."""
-        ...
+        raise NotImplementedError

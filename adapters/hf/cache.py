@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -13,23 +15,27 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvpolicy import _check
-from kvpolicy.adapters.hf import binding
-from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens
+from kvpolicy.adapters.hf import binding, others, saving
+from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
+from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.ranks import kept_alike, said
-from kvpolicy.adapters.hf.step import Group, Step, open_step
+from kvpolicy.adapters.hf.static import StaticSlots
+from kvpolicy.adapters.hf.step import Step, open_step
 from kvpolicy.errors import BindError, IntegrityError, UnsupportedError, UsageError
-from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan
 from kvpolicy.receipt import Receipt
+from kvpolicy.row import Row
 from kvpolicy.stage import Chain, Stage
-from kvpolicy.view import DEFAULT_WORKSPACE
+from kvpolicy.store import Store
+from kvpolicy.view import DEFAULT_WORKSPACE, LayerSpec
 
 __all__ = ["EvictionCache"]
 
 _OFFERS = frozenset({"queries", "every_query", "cross_heads"})
 
 
-class EvictionCache(Cache):
+class EvictionCache(Cache, binding.Evicting):
     """Keep a fixed number of key-value pairs for each head, and forget the rest as a policy says.
 
     Pass it as ``past_key_values`` to the model that it is bound to, or to ``model.generate()``.
@@ -41,9 +47,18 @@ class EvictionCache(Cache):
 
     Args:
         model: a decoder of transformers.
-        policy: what to keep; any :class:`~kvpolicy.EvictionPolicy`.
+        policy: what to keep; any :class:`~kvpolicy.EvictionPolicy`, or one for each row of the batch.
         max_new_tokens: tokens decoded at most, needed by policies that evict at the end of a turn
             only (``interval=None``), whose slots must hold them all.
+        max_draft_tokens: tokens that assisted or prompt-lookup decoding may draft at once. Each layer
+            holds as many slots and queries more. A later forward pass of at most one token more is
+            then a draft: what :meth:`crop` leaves of it counts as decoded, and is evicted only then.
+            Of a longer pass, the last so many tokens count as decoded, since they may be drafts.
+        prompt_length: columns of the prompt, pads among them, where the first token after it cannot
+            tell: a prompt given in chunks whose last one is a single token, or known text behind it
+            that several tokens at a time are fed of. All that follows counts as decoded.
+        static: let decoding have fixed shapes, so that ``torch.compile`` and ``generate()`` make one
+            graph of it; all slots are attended to, and those in use are told by a mask.
         seeds: of each request's randomness; all 0 by default, so that a row of a batch equals its
             own single run.
         requests: names of the requests, integers that key randomness beside the seeds; all 0 by
@@ -64,46 +79,70 @@ class EvictionCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: EvictionPolicy,
+        policy: EvictionPolicy | Sequence[EvictionPolicy],
         *,
         max_new_tokens: int | None = None,
+        max_draft_tokens: int = 0,
+        prompt_length: int | None = None,
+        static: bool = False,
         seeds: Sequence[int] | None = None,
         requests: Sequence[int] | None = None,
         workspace: int = DEFAULT_WORKSPACE,
     ) -> None:
-        found = binding.survey(model)
+        found = binding.survey(model, static=static)
         _check.integer("EvictionCache", "workspace", workspace, 1)
-        self.policy, self.workspace = _checked(policy), workspace
+        _check.integer("EvictionCache", "max_draft_tokens", max_draft_tokens, 0)
+        if prompt_length is not None:
+            _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
+        self.model, self.static = model, static
+        self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
+        self.policies = _checked(policy)
         self.config = model.config.get_text_config(decoder=True)
         self.ranks = found.ranks
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
-        plans = policy.plan(ModelSpec(len(found.evicting), max_new_tokens))
-        by_layer = _by_layer(plans, found.evicting)
+        self.options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "max_draft_tokens": max_draft_tokens,
+            "prompt_length": prompt_length,
+            "static": static,
+            "seeds": self._seeds,
+            "requests": self._requests,
+            "workspace": workspace,
+        }
+        spec = ModelSpec(len(found.evicting), max_new_tokens)
+        by_layer = _by_layer([one.plan(spec) for one in self.policies], found.evicting)
         self.skipped = {
             **found.skipped,
-            **{i: "left alone by its budget" for i, p in by_layer.items() if p is None},
+            **{i: "left alone by its budget" for i, plans in by_layer.items() if plans is None},
         }
         self.groups = [
-            Group(tuple(same), plan) for group in found.groups for plan, same in _by_plan(group, by_layer).items()
+            Group(tuple(same), plans, device, len(found.layers), workspace, found.ranks)
+            for device, group in found.groups.items()
+            for plans, same in _by_plan(group, by_layer).items()
         ]
         self._group_of = {layer: group for group in self.groups for layer in group.layers}
         if not self._group_of:
             raise UnsupportedError(
-                f"{policy!r} leaves every layer of {type(model).__name__} alone: nothing would evict"
+                f"{_names(self.policies)} leaves every layer of {type(model).__name__} alone: nothing would evict"
             )
         layers: list[Any] = [
             EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)
         ]
         super().__init__(layers=layers)
         self.columns = 0
+        self.columns_seen = torch.zeros((), dtype=torch.int64, device=model.device)
+        self._ran = False
         self.last: Tensor | None = None
         self._step: Step | None = None
         self._failed = False
         self._decoder_binding = binding.bind(model)
-        self._decoder_binding.acquire()
-        self._release = weakref.finalize(self, self._decoder_binding.release)
+        self._acquire()
 
     # The life of a binding
+
+    def _acquire(self) -> None:
+        self._decoder_binding.acquire()
+        self._release = weakref.finalize(self, self._decoder_binding.release)
 
     def unbind(self) -> None:
         """Let the model go: it is restored when its last cache lets go. The receipt can still be had."""
@@ -140,6 +179,26 @@ class EvictionCache(Cache):
         store = self.groups[0].store
         return [] if store is None else [row.evictions for row in store.rows]
 
+    def policy_of(self, request: int) -> EvictionPolicy:
+        """Return what a row of the batch follows."""
+        return self.policies[request if len(self.policies) > 1 else 0]
+
+    def until_eviction(self) -> int:
+        """Return how many tokens can be decoded before an eviction is due in some row."""
+        left = [sys.maxsize]
+        for group in self.groups:
+            if group.store is not None:
+                for row, plan in zip(group.store.rows, group.store.plans, strict=True):
+                    if plan.interval is not None:
+                        left.append(plan.interval - row.decoded % plan.interval)
+        return min(left)
+
+    def allocate(self, group: Group, spec: LayerSpec, rows: list[Row]) -> Store:
+        """Return new slots for the layers of a group."""
+        policies = [self.policy_of(r) for r in range(len(rows))]
+        plans = [group.plans[r % len(group.plans)] for r in range(len(rows))]
+        return Store(policies, plans, spec, group.layers, rows, self.max_draft_tokens)
+
     def evicts(self, layer: int) -> bool:
         """Return whether a layer evicts."""
         return layer in self._group_of
@@ -148,20 +207,58 @@ class EvictionCache(Cache):
 
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step; the model's hook calls it before each forward pass."""
+        if torch.compiler.is_compiling():
+            self._begin_compiled(arguments)
+            return
+        self.step()
         if not self._release.alive:
             raise UsageError("this EvictionCache was unbound; make a new one for the model")
         if decoder is not self._decoder_binding.decoder:
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
-        if self._failed:
-            raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
+        self._check_whole()
+        self._settle()
         if not self.columns:
             self._insist_on_one_prompt(arguments)
         self._step = open_step(self, arguments)
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
 
+    def _begin_compiled(self, arguments: dict[str, Any]) -> None:
+        """Check what a graph depends on; whatever is read here is a guard of the graph."""
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if not self.static:
+            raise UsageError("compiled code needs fixed shapes; write EvictionCache(..., static=True)")
+        if tokens.shape[1] != 1 or self.groups[0].static is None:
+            raise UsageError("compile one-token steps alone: give the prompt to the model itself")
+        if self._ran or self._failed:
+            raise UsageError("the last compiled step does not count yet; call cache.step() after each")
+
+    def step(self) -> None:
+        """Make a compiled step count, and evict where it is due.
+
+        ``generate()`` has it called by looking at the cache before each step; whoever calls
+        compiled code calls it after each token. Without a compiled step it does nothing.
+        """
+        if not self._ran:
+            return
+        self._ran = False
+        self._settle()
+        self._step = Step(self, 1, [1] * self.num_requests, decoding=True)
+        self._step.attended_all()
+        if self.last is not None:
+            self._step.last = self.last + 1
+        self._finish()
+
+    def _check_whole(self) -> None:
+        if self._failed:
+            raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
+
     def take(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take new keys and values of one layer; return what the new tokens attend to."""
+        if torch.compiler.is_compiling():
+            group = self._group_of[layer]
+            return group.static.take(group.index(layer), keys, values)
         if not self._release.alive:
             raise UsageError("this EvictionCache was unbound, as its with block ended; make a new one for the model")
         if self._step is None:
@@ -184,40 +281,67 @@ class EvictionCache(Cache):
     ) -> Any:
         """Attend, then let the layer remember its queries and, at the end of a turn, evict."""
         step, layer = self._step, int(module.layer_idx)  # type: ignore[arg-type]
-        assert step is not None
         for name in ("sliding_window", "position_bias"):
             if kwargs.get(name) is not None:
                 raise UnsupportedError(f"layer {layer} attends with {name}, which slots without order cannot honour")
         group = self._group_of[layer]
+        if torch.compiler.is_compiling():
+            static = group.static
+            assert static is not None
+            static.observe(group.index(layer), query)
+            return one_token(module, function, original, query, key, value, static.visible(), **kwargs)
+        assert step is not None
         visible = step.visible(group)
-        if step.decoding:
-            out = one_token(module, function, original, query, key, value, visible, **kwargs)
+        if not step.decoding:
+            out = turn(module, function, original, query, key, value, visible, mask, **kwargs)
         else:
-            out = several_tokens(module, function, original, query, key, value, mask, visible, **kwargs)
+            attend = one_token if step.width == 1 else several_tokens
+            out = attend(module, function, original, query, key, value, visible, **kwargs)
         step.attended(group, layer, query, key, value, kwargs)
         return out
 
     def finish(self) -> None:
         """Make the step count, and evict where it is due; the model's hook calls it."""
+        if torch.compiler.is_compiling():
+            self._ran = True  # whatever the host does next with this cache counts the step first
+            return
+        self._finish()
+
+    def _finish(self) -> None:
         assert self._step is not None
         self._failed = True
-        self._step.commit(self.policy)
+        self._step.commit()
         self.columns += self._step.width
         self.last = self._step.last
         self._step, self._failed = None, False
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Tell compiled code where the next tokens go."""
+        if not self.static:
+            return
+        self.columns_seen.fill_(self.columns)
+        for group in self.groups:
+            if group.static is None or group.static.store is not group.store:
+                assert group.store is not None
+                group.static = StaticSlots(group.store)
+            group.static.refresh()
 
     # What transformers calls between steps
 
     def reset(self) -> None:
         """Forget everything, keeping the slots, so that the cache can be used again."""
+        self._ran = False
         super().reset()
         for group in self.groups:
+            group.unsettled = None
             if group.store is not None:
                 group.store.reset()
         self.columns, self.last, self._step, self._failed = 0, None, None, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by the one that ``beam_idx`` names."""
+        self.step()
         super().reorder_cache(beam_idx)
         if self.last is not None:
             self.last = self.last.index_select(0, beam_idx.to(self.last.device))
@@ -226,12 +350,142 @@ class EvictionCache(Cache):
                 group.store.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: tokens cannot be taken back here yet."""
-        raise UnsupportedError("assisted decoding and crop() are not supported by EvictionCache yet")
+        """Take back the newest tokens, as if they had never been given, then evict where it is due.
+
+        Args:
+            tokens_to_remove: how many, as a negative number or 0. A positive number is the columns
+                that stay, as older versions of transformers say it.
+
+        Raises:
+            UsageError: tokens so old that some heads have evicted some of them; nothing was changed.
+        """
+        self.step()
+        count = self.columns - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        stores = [group.store for group in self.groups if group.store is not None]
+        if not stores:
+            raise UsageError(f"crop({tokens_to_remove}): no token has been seen yet")
+        self._check_whole()
+        for store in stores:
+            store.check_crop([count] * len(store.rows))
+        for layer in self.layers:
+            if not isinstance(layer, EvictionLayer):
+                layer.crop(tokens_to_remove)
+        for store in stores:
+            store.crop([count] * len(store.rows))
+        self.columns -= count
+        self.last = None if self.last is None else self.last - count
+        self._settle()
+
+    def _settle(self) -> None:
+        """Evict where it is due, now that no more drafts will be taken back."""
+        for group in self.groups:
+            group.settle()
 
     def activate_past_recording(self) -> None:
-        """Refuse: drafts cannot be taken back here yet."""
-        self.crop(0)
+        """Prepare for drafts, as assisted decoding asks.
+
+        Raises:
+            UnsupportedError: no slots were set aside for them.
+        """
+        if not self.max_draft_tokens:
+            raise UnsupportedError(
+                "assisted and prompt-lookup decoding draft tokens and take some back, and no slots were set aside for "
+                "them; write EvictionCache(..., max_draft_tokens=20), at least as many as are drafted at once"
+            )
+        for layer in self.layers:
+            if not isinstance(layer, EvictionLayer) and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    # Copies
+
+    def fork(self, requests: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> EvictionCache:
+        """Return a cache that goes on from the same tokens, with memory of its own, bound to the same model.
+
+        One compressed prompt serves many questions: each fork answers one, or
+        ``cache.fork([0] * 8)`` eight in one batch.
+
+        Args:
+            requests: which rows the new cache has, each as often as it is named; all by default.
+            seeds: of the new rows' randomness; by default each goes on with its own.
+
+        Raises:
+            UsageError: there is no such row, or a forward pass failed half-way.
+        """
+        self.step()
+        self._check_whole()
+        count = self.num_requests
+        named = list(range(count)) if requests is None else list(requests)
+        if not count or not named or not all(isinstance(r, int) and 0 <= r < count for r in named):
+            raise UsageError(f"fork({requests!r}): the cache holds {count} requests; name some of them by their rows")
+        given = _integers("seeds", seeds)
+        if given is not None and len(given) != len(named):
+            raise UsageError(f"seeds names {len(given)} requests, and the fork has {len(named)} rows")
+        if not self._release.alive:
+            raise UsageError("this EvictionCache was unbound; fork it before its with block ends")
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.groups = [group.fork(named) for group in self.groups]
+        new._group_of = {layer: group for group in new.groups for layer in group.layers}
+        new.layers = [
+            EvictionLayer(new, i) if i in new._group_of else others.copied(layer, named, count)
+            for i, layer in enumerate(self.layers)
+        ]
+        new.policies = tuple(self.policies[r] for r in named) if len(self.policies) > 1 else self.policies
+        rows = [row for group in new.groups if group.store is not None for row in group.store.rows]
+        for number, row in enumerate(rows):
+            row.seed = row.seed if given is None else given[number % len(named)]
+        new._seeds, new._requests = (
+            [row.seed for row in rows[: len(named)]],
+            [row.request for row in rows[: len(named)]],
+        )
+        new.options = {**self.options, "seeds": new._seeds, "requests": new._requests}
+        new._acquire()
+        new.columns_seen = self.columns_seen.clone()
+        last = None if self.last is None else self.last[torch.tensor(named, device=self.last.device)]
+        new.continue_at(self.columns, last)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EvictionCache:
+        """Return a fork of all rows: what transformers' recipes for a shared prompt ask for."""
+        return self.fork()
+
+    def continue_at(self, columns: int, last: Tensor | None) -> None:
+        """Go on behind so many columns, whose last tokens have these positions."""
+        self.columns, self.last, self._step, self._failed = columns, last, None, False
+        self._refresh()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what the cache holds into a safetensors file, whole or not at all.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            UsageError: no token has been seen yet, or a forward pass failed half-way.
+        """
+        self.step()
+        self._check_whole()
+        self._settle()
+        saving.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        policy: EvictionPolicy | Sequence[EvictionPolicy] | None = None,
+    ) -> EvictionCache:
+        """Return the cache that :meth:`save` wrote, bound to the same model, which goes on as if never saved.
+
+        Args:
+            path: of the file.
+            model: the one that it was saved with: its kind, configuration, dtype and weights are checked.
+            policy: what it followed; needed where its text cannot be read, being a third party's.
+
+        Raises:
+            UsageError: the file is no cache, or belongs to another model, policy or version.
+        """
+        return saving.load(cls, path, model, policy)
 
     # Proof
 
@@ -243,15 +497,15 @@ class EvictionCache(Cache):
         """
         from kvpolicy import __version__
 
+        self.step()
         stores = [group.store for group in self.groups if group.store is not None]
         if not stores:
             raise UsageError("no token has been seen yet: there is nothing to prove")
         rows = stores[0].rows
-        text = self.policy.text(full=True) if isinstance(self.policy, Policy) else repr(self.policy)
         broken = torch.stack([store.broken.view(-1, len(rows)).sum(0).cpu() for store in stores]).sum(0)
         kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
         return Receipt(
-            policy=(text,) * len(rows),
+            policy=tuple(saving.policy_text(self.policy_of(r)) for r in range(len(rows))),
             version=__version__,
             seen=tuple(row.seen for row in rows),
             slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),
@@ -259,8 +513,9 @@ class EvictionCache(Cache):
             evictions=tuple(row.evictions for row in rows),
             guards_broken=tuple(broken.tolist()),
             nbytes=sum(store.nbytes() for store in stores),
+            turn_nbytes=max(group.turn_nbytes for group in self.groups),
             window_nbytes=sum(store.window.nbytes() for store in stores),
-            other_nbytes=sum(_held(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
+            other_nbytes=sum(others.nbytes(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
             layers=tuple(sorted(self._group_of)),
             skipped=self.skipped,
             kept=kept,
@@ -280,7 +535,7 @@ class EvictionCache(Cache):
         for group in self.groups:
             for r, row in enumerate([] if group.store is None else group.store.rows):
                 found[f"the counters of request {r} in layer {group.layers[0]}"] = str(row)
-            for layer, number in kept_alike(self.policy, self.ranks, group.positions()).items():
+            for layer, number in kept_alike(self.policies, self.ranks, group.positions()).items():
                 found[f"the fingerprint of the positions that layer {layer} keeps"] = number
         self.ranks.insist(found, IntegrityError)
 
@@ -288,12 +543,10 @@ class EvictionCache(Cache):
         """Stop processes that would go separate ways, before they wait for each other for ever."""
         if self.ranks.size == 1:
             return
-        found = {
-            "the policy": repr(self.policy),
-            "the plan of the layers": [(group.layers, str(group.plan)) for group in self.groups],
-            "seeds": self._seeds,
-            "requests": self._requests,
-            "workspace": self.workspace,
+        found: dict[str, Any] = {
+            "the policy": repr(self.policies),
+            "the plans of the layers": [(group.layers, str(group.plans)) for group in self.groups],
+            **self.options,
         }
         for name in ("input_ids", "inputs_embeds", "attention_mask"):
             found[f"{name}, its shape and a fingerprint,"] = said(arguments.get(name))
@@ -305,6 +558,8 @@ class EvictionCache(Cache):
         Raises:
             UsageError: ``seeds`` or ``requests`` were given for another number.
         """
+        if len(self.policies) not in (1, requests):
+            raise UsageError(f"there are {len(self.policies)} policies, and the batch has {requests} rows: one each")
         columns = []
         for name, given in (("requests", self._requests), ("seeds", self._seeds)):
             if given is not None and len(given) != requests:
@@ -313,7 +568,20 @@ class EvictionCache(Cache):
         return list(zip(*columns, strict=True))
 
 
-def _checked(policy: EvictionPolicy) -> EvictionPolicy:
+def _checked(policy: EvictionPolicy | Sequence[EvictionPolicy]) -> tuple[EvictionPolicy, ...]:
+    """Return the policies, one object for equal ones, or say why one of them cannot be followed here."""
+    if isinstance(policy, Sequence) and not isinstance(policy, str):
+        if not policy:
+            raise BindError("an empty list of policies: give one policy, or one for each row of the batch")
+        found: list[EvictionPolicy] = []
+        for one in policy:
+            same = next((other for other in found if other == one), one)
+            found.append(_checked_one(same))
+        return tuple(found)
+    return (_checked_one(policy),)
+
+
+def _checked_one(policy: EvictionPolicy) -> EvictionPolicy:
     """Return the policy, or say why it is none, or why transformers cannot give what it needs."""
     if isinstance(policy, Stage | Chain):
         raise BindError(f"{policy!r} is not a policy yet; write Policy({policy!r})")
@@ -333,6 +601,10 @@ def _checked(policy: EvictionPolicy) -> EvictionPolicy:
     return policy
 
 
+def _names(policies: Sequence[EvictionPolicy]) -> str:
+    return " and ".join(dict.fromkeys(repr(policy) for policy in policies))
+
+
 def _integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     if given is None:
         return None
@@ -342,26 +614,32 @@ def _integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     return [int(n) for n in numbers if n is not None]
 
 
-def _by_layer(plan: Plan, evicting: tuple[int, ...]) -> dict[int, LayerPlan | None]:
-    if len(plan.layers) != len(evicting):
-        raise BindError(f"the policy planned {len(plan.layers)} layers, and the model has {len(evicting)} that evict")
-    return dict(zip(evicting, plan.layers, strict=True))
-
-
-def _by_plan(group: tuple[int, ...], by_layer: dict[int, LayerPlan | None]) -> dict[LayerPlan, list[int]]:
-    same: dict[LayerPlan, list[int]] = {}
-    for layer in group:
-        plan = by_layer[layer]
-        if plan is not None:
-            same.setdefault(plan, []).append(layer)
-    return same
-
-
-def _held(layer: Any) -> int:
-    """Return the bytes that an ordinary cache layer holds."""
-    found = 0
-    for value in vars(layer).values():
-        for one in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(one, Tensor):
-                found += one.numel() * one.element_size()
+def _by_layer(plans: Sequence[Plan], evicting: tuple[int, ...]) -> dict[int, tuple[LayerPlan, ...] | None]:
+    """Return the plans of each layer, one a policy, or None where it is left alone."""
+    found: dict[int, tuple[LayerPlan, ...] | None] = {}
+    for plan in plans:
+        if len(plan.layers) != len(evicting):
+            raise BindError(
+                f"the policy planned {len(plan.layers)} layers, and the model has {len(evicting)} that evict"
+            )
+    for number, layer in enumerate(evicting):
+        of_layer = tuple(plan.layers[number] for plan in plans)
+        given = tuple(one for one in of_layer if one is not None)
+        if given and len(given) < len(of_layer):
+            raise UnsupportedError(
+                f"one policy of the batch leaves layer {layer} alone and another does not; policies of one batch must "
+                "leave the same layers alone"
+            )
+        found[layer] = given or None
     return found
+
+
+def _by_plan(
+    group: tuple[int, ...], by_layer: dict[int, tuple[LayerPlan, ...] | None]
+) -> dict[tuple[LayerPlan, ...], list[int]]:
+    same: dict[tuple[LayerPlan, ...], list[int]] = {}
+    for layer in group:
+        plans = by_layer[layer]
+        if plans is not None:
+            same.setdefault(plans, []).append(layer)
+    return same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -19,11 +20,15 @@ class EvictionLayer(CacheLayerMixin):
     """Stand for one evicting layer: logical lengths are what transformers is told; slots are ours."""
 
     is_sliding = False
-    is_compileable = False
 
     def __init__(self, cache: EvictionCache, index: int) -> None:
         super().__init__()
         self.cache, self.index = cache, index
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Return whether decoding has fixed shapes."""
+        return self.cache.static
 
     @property
     def batch_size(self) -> int:
@@ -34,13 +39,22 @@ class EvictionLayer(CacheLayerMixin):
         """Take new tokens; return what they attend to."""
         return self.cache.take(self.index, key_states, value_states)
 
-    def get_seq_length(self, *args: Any) -> int:
-        """Return the columns seen, pads among them: the position of the next token, to transformers."""
+    def get_seq_length(self, *args: Any) -> Any:
+        """Return the columns seen, pads among them: the position of the next token, to transformers.
+
+        A tensor inside compiled code, where an integer would mean another graph a token.
+        """
+        if torch.compiler.is_compiling():
+            return self.cache.columns_seen
+        self.cache.step()
         return self.cache.columns
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Return the length and the offset of the mask: it covers the new tokens alone."""
         width = query_length if isinstance(query_length, int) else query_length.shape[0]
+        if torch.compiler.is_compiling():  # one token: the mask has one column, whatever its offset
+            return width, 0
+        self.cache.step()
         return width, self.cache.columns
 
     def get_max_length(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,20 +147,21 @@ def said(value: Any) -> Any:
     return tuple(value.shape), content
 
 
-def kept_alike(policy: EvictionPolicy, ranks: Ranks, kept: dict[int, Tensor]) -> dict[int, int]:
+def kept_alike(policies: Sequence[EvictionPolicy], ranks: Ranks, kept: dict[int, Tensor]) -> dict[int, int]:
     """Return, for each layer, a number that must be the same on every process; none where heads may differ.
 
     Where each process has all heads, every head must keep the same there. Where heads are split,
     they may differ, unless every stage gives all heads the same.
 
     Args:
-        policy: what decided.
+        policies: what decided.
         ranks: who decided.
         kept: ``[requests, H, slots]`` positions of each layer.
     """
     if not ranks.split:
         return {layer: hash(said(positions)) for layer, positions in kept.items()}
-    if not isinstance(policy, Policy) or any(type(stage) not in _SAME_FOR_ALL_HEADS for stage in policy.stages):
-        return {}
+    for policy in policies:
+        if not isinstance(policy, Policy) or any(type(stage) not in _SAME_FOR_ALL_HEADS for stage in policy.stages):
+            return {}
     distinct = {layer: positions.unique(dim=1) for layer, positions in kept.items()}
     return {layer: hash(said(positions)) for layer, positions in distinct.items()}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from kvpolicy.adapters.hf import arguments
+from kvpolicy.adapters.hf.group import Group
 from kvpolicy.errors import UnsupportedError, UsageError
-from kvpolicy.eviction import LogitSpec, evict, fill_from
-from kvpolicy.policy import EvictionPolicy, LayerPlan
+from kvpolicy.eviction import fill_from
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
@@ -18,43 +20,22 @@ from kvpolicy.view import LayerSpec
 if TYPE_CHECKING:
     from kvpolicy.adapters.hf.cache import EvictionCache
 
-__all__ = ["Group", "Step", "open_step"]
-
-
-@dataclass(eq=False)
-class Group:
-    """Hold the layers that share a device, a shape and a plan, and so an arena.
-
-    Attributes:
-        layers: indices.
-        plan: of each of them.
-        store: allocated when the first tokens come.
-        logits: what each layer's attention was last called with.
-    """
-
-    layers: tuple[int, ...]
-    plan: LayerPlan
-    store: Store | None = None
-    logits: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    def positions(self) -> dict[int, Tensor]:
-        """Return a copy of the kept positions of each layer, ascending, -1 behind the last."""
-        if self.store is None:
-            return {}
-        self.store.settle()
-        order = self.store.order[..., : self.store.longest].to(torch.int64)
-        return dict(zip(self.layers, self.store.positions.gather(-1, order).cpu(), strict=True))
+__all__ = ["Step", "open_step"]
 
 
 @dataclass(eq=False)
 class Step:
-    """Be one forward pass: a step of one token, or a turn of several.
+    """Be one forward pass: decoded tokens, or a turn.
+
+    Decoded tokens are written behind the slots in use and attend to them; what is evicted is
+    evicted afterwards. A turn is joined with the slots in use, one layer at a time, and cut.
 
     Attributes:
         cache: whose.
         width: columns, pads among them.
         counts: new tokens of each row.
-        decoding: one token a row, after the prompt.
+        decoding: the new tokens count as decoded, one a row or several.
+        tail: the last tokens of a turn that count as decoded, since they may be drafts.
         last: the position that the model gives each row's newest token, if it is told.
     """
 
@@ -62,11 +43,14 @@ class Step:
     width: int
     counts: list[int]
     decoding: bool
+    tail: int = 0
     last: Tensor | None = None
-    _after: dict[int, list[Row]] = field(default_factory=dict)
+    _turned: dict[int, list[Row]] = field(default_factory=dict)
     _visible: dict[int, Tensor | None] = field(default_factory=dict)
     _taken: set[int] = field(default_factory=set)
     _attended: set[int] = field(default_factory=set)
+
+    # What a layer does, in order
 
     def take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take new keys and values of one layer; return what the new tokens attend to."""
@@ -76,61 +60,24 @@ class Step:
             raise UsageError(f"layer {layer} gave its keys twice in one forward pass")
         self._taken.add(layer)
         store = self._store(group, layer, keys, values)
-        index = group.layers.index(layer)
+        index = group.index(layer)
         if self.decoding:
             store.append(index, keys, values, self.counts)
-            end = store.longest + 1
+            end = store.longest + self.width
             return store.keys[index, :, :, :end], store.values[index, :, :, :end]
-        if not store.longest:
-            return keys, values
-        held = slice(0, store.longest)
-        return (
-            torch.cat([store.keys[index, :, :, held], keys], 2),
-            torch.cat([store.values[index, :, :, held], values], 2),
-        )
-
-    def _store(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> Store:
-        """Return the store of a layer, allocated when its group's first layer runs."""
-        shape = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
-        if group.store is None:
-            heads, dim, value_dim, dtype, device = shape
-            config = self.cache.config
-            whole, _ = self.cache.ranks.heads(heads)
-            group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or whole)
-            spec = LayerSpec(heads, heads * group_size, dim, value_dim, group.plan.capacity, dtype, device)
-            rows = [Row(request=request, seed=seed) for request, seed in self.cache.new_seeds(len(self.counts))]
-            group.store = Store(self.cache.policy, group.plan, spec, group.layers, rows)
-        spec = group.store.spec
-        known = (spec.num_heads, spec.head_dim, spec.value_dim, spec.dtype, spec.device)
-        if shape != known:
-            raise UnsupportedError(
-                f"layer {layer} has (heads, key size, value size, dtype, device) = {shape}, and layer "
-                f"{group.layers[0]} has {known}; layers of different shapes are not supported yet"
-            )
-        if id(group) not in self._after:
-            self._open(group, group.store)
-        return group.store
-
-    def _open(self, group: Group, store: Store) -> None:
-        """Work out, once a group and step, what its layers share."""
-        if not self.cache.columns:
-            store.window.align(self.counts)
-        if not self.decoding and store.longest:
-            if "every_query" in self.cache.policy.needs:  # a turn may push queries out of the window
-                evict(store, [False] * len(store.rows), self._logit_spec(group, group.layers, store))
-            store.settle()
-        self._after[id(group)] = [
-            row.advanced(count, decoding=self.decoding) for row, count in zip(store.rows, self.counts, strict=True)
-        ]
-        new = 1 if self.decoding else 0
-        if store.uniform and (self.decoding or not store.longest):
-            self._visible[id(group)] = None
-            return
-        slots = torch.arange(store.longest + new, device=store.spec.device)
-        self._visible[id(group)] = (slots < store.column("length")[:, None] + new)[:, None, None]
+        if store.longest:
+            held = slice(0, store.longest)
+            keys = torch.cat([store.keys[index, :, :, held], keys], 2)
+            values = torch.cat([store.values[index, :, :, held], values], 2)
+        group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + values.nbytes)
+        return keys, values
 
     def visible(self, group: Group) -> Tensor | None:
-        """Return which slots hold tokens, ``[requests, 1, 1, slots]`` bool; None where none need hiding."""
+        """Return which slots may be seen, None where all may.
+
+        Decoding: ``[requests, 1, tokens, slots]`` bool, the new tokens among the slots. A turn:
+        ``[requests, 1, 1, slots]``, the slots in use before it.
+        """
         return self._visible[id(group)]
 
     def attended(
@@ -143,7 +90,7 @@ class Step:
         logits: dict[str, Any],
     ) -> None:
         """Remember the queries of one layer, and put a turn's tokens into its slots."""
-        store, index = group.store, group.layers.index(layer)
+        store, index = group.store, group.index(layer)
         assert store is not None
         self._attended.add(layer)
         group.logits[layer] = {name: logits.get(name) for name in ("scaling", "softcap", "s_aux")}
@@ -154,15 +101,73 @@ class Step:
         store.observe(index, query, self.counts)
         if self.decoding:
             return
-        after = self._after[id(group)]
-        if max(row.length for row in after) <= store.plan.budget:
-            store.append(index, key[:, :, store.longest :], value[:, :, store.longest :], self.counts)
-        else:
-            spec = self._logit_spec(group, [layer], store)
-            fill_from(store, index, key, value, self.counts, after, spec)
+        turned, old = self._turned[id(group)], store.longest
+        if not _over_budget(turned, store):
+            store.append(index, key[:, :, old:], value[:, :, old:], self.counts)
+            return
+        end = key.shape[2] - self.tail
+        counts = [count - self.tail for count in self.counts]
+        fill_from(store, index, key[:, :, :end], value[:, :, :end], counts, turned, group.logit_spec([layer]))
+        if self.tail:
+            behind = [row.length for row in _cut(turned, store)]
+            store.append(index, key[:, :, end:], value[:, :, end:], [self.tail] * len(counts), behind)
 
-    def commit(self, policy: EvictionPolicy) -> None:
-        """Make the step count, and evict where it is due."""
+    # What happens once a forward pass and group
+
+    def _store(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> Store:
+        """Return the store of a layer, allocated when its group's first layer runs."""
+        shape = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+        if group.store is None:
+            group.store = self._allocated(group, *shape)
+        spec = group.store.spec
+        known = (spec.num_heads, spec.head_dim, spec.value_dim, spec.dtype, spec.device)
+        if shape != known:
+            raise UnsupportedError(
+                f"layer {layer} has (heads, key size, value size, dtype, device) = {shape}, and layer "
+                f"{group.layers[0]} has {known}; layers of different shapes are not supported yet"
+            )
+        if id(group) not in self._visible:
+            self._open(group, group.store)
+        return group.store
+
+    def _allocated(
+        self, group: Group, heads: int, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Store:
+        cache, config = self.cache, self.cache.config
+        whole, _ = cache.ranks.heads(heads)
+        each = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or whole)
+        capacity = group.capacity + cache.max_draft_tokens
+        spec = LayerSpec(heads, heads * each, dim, value_dim, capacity, dtype, device)
+        rows = [Row(request=request, seed=seed) for request, seed in cache.new_seeds(len(self.counts))]
+        return cache.allocate(group, spec, rows)
+
+    def _open(self, group: Group, store: Store) -> None:
+        """Work out, once a group and step, what its layers share."""
+        if not self.cache.columns:
+            store.window.align(self.counts)
+        new = self.width if self.decoding else 0
+        if not self.decoding:
+            if store.longest:
+                group.show_before_turn()
+                store.settle()
+            pairs = zip(store.rows, self.counts, strict=True)
+            self._turned[id(group)] = [row.advanced(count - self.tail, decoding=False) for row, count in pairs]
+        if store.uniform and new <= 1 and (self.decoding or not store.longest):
+            self._visible[id(group)] = None
+            return
+        slots, length = torch.arange(store.longest + new, device=store.spec.device), store.column("length")
+        # Each decoded token sees those before it and itself; how a turn sees itself is transformers' mask.
+        stop = length[:, None] + torch.arange(1, new + 1, device=slots.device) if new else length[:, None]
+        self._visible[id(group)] = (slots < stop[..., None])[:, None]
+
+    # The end
+
+    def attended_all(self) -> None:
+        """Take as done what compiled code did for every layer."""
+        self._attended = {layer for group in self.cache.groups for layer in group.layers}
+
+    def commit(self) -> None:
+        """Make the step count, and evict where it is due, but for tokens that may be drafts."""
         for group in self.cache.groups:
             missing = set(group.layers) - self._attended
             if missing or group.store is None:
@@ -170,121 +175,68 @@ class Step:
                     f"layer {min(missing)} did not attend through kvpolicy in this forward pass; "
                     "was set_attn_implementation() called while the cache was bound?"
                 )
-            self._commit(group, group.store, policy)
+            before, turn = self._advance(group, group.store)
+            if self.cache.max_draft_tokens:
+                group.unsettled = before, turn
+            else:
+                group.evict_after(before, turn)
 
-    def _commit(self, group: Group, store: Store, policy: EvictionPolicy) -> None:
-        plan, after = store.plan, self._after[id(group)]
-        filled = not self.decoding and max(row.length for row in after) > plan.budget
-        if filled:
-            after = [row.evicted(min(row.length, plan.budget), plan.recent) for row in after]
-        store.advance(after)
-        if filled or (self.decoding and plan.interval is None):
-            return
-        at_end = [not self.decoding or row.decoded % (plan.interval or 1) == 0 for row in store.rows]
-        due = [end and row.length > plan.budget for end, row in zip(at_end, store.rows, strict=True)]
-        if any(due) or (any(at_end) and "every_query" in policy.needs):
-            evict(store, due, self._logit_spec(group, group.layers, store))
-
-    def _logit_spec(self, group: Group, layers: Any, store: Store) -> LogitSpec:
-        """Return what attention does to logits, the same for all layers of a store but for sinks."""
-        found = [group.logits[layer] for layer in layers]
-        first = found[0]
-        if any(one["scaling"] != first["scaling"] or one["softcap"] != first["softcap"] for one in found):
-            raise UnsupportedError("layers scale their logits differently, which is not supported yet")
-        sinks = None if first["s_aux"] is None else torch.stack([one["s_aux"].detach() for one in found])
-        num_heads, head_offset = self.cache.ranks.heads(store.spec.num_heads)
-        return LogitSpec(
-            scaling=store.spec.head_dim**-0.5 if first["scaling"] is None else float(first["scaling"]),
-            softcap=first["softcap"],
-            sinks=sinks,
-            num_layers=len(self.cache.layers),
-            num_heads=num_heads,
-            head_offset=head_offset,
-            all_reduce=self.cache.ranks.all_reduce,
-            workspace=self.cache.workspace,
-        )
+    def _advance(self, group: Group, store: Store) -> tuple[list[Row], bool]:
+        """Make the new tokens count; return the rows before them, or after a cut, and whether a cut is to come."""
+        if self.decoding:
+            before = store.rows
+            store.advance([row.advanced(n, decoding=True) for row, n in zip(before, self.counts, strict=True)])
+            return before, False
+        before = self._turned[id(group)]
+        filled = _over_budget(before, store)
+        before = _cut(before, store) if filled else before
+        store.advance([row.advanced(self.tail, decoding=True) for row in before] if self.tail else before)
+        return before, not filled
 
 
-def open_step(cache: EvictionCache, arguments: dict[str, Any]) -> Step:
+def _over_budget(rows: Sequence[Row], store: Store) -> bool:
+    return any(row.length > plan.budget for row, plan in zip(rows, store.plans, strict=True))
+
+
+def _cut(rows: Sequence[Row], store: Store) -> list[Row]:
+    """Return the rows after each was cut to its budget."""
+    pairs = zip(rows, store.plans, strict=True)
+    return [row.evicted(min(row.length, plan.budget), plan.recent) for row, plan in pairs]
+
+
+def open_step(cache: EvictionCache, given: dict[str, Any]) -> Step:
     """Return the step that a forward pass with these arguments is.
 
     Raises:
         UsageError: these arguments cannot give a right answer; nothing was changed.
     """
-    tokens = arguments.get("input_ids")
-    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        raise UsageError("the forward pass has neither input_ids nor inputs_embeds")
-    if arguments.get("output_attentions"):
-        raise UsageError("evicted tokens have no attention weights to show: leave output_attentions out")
-    requests, width = tokens.shape[0], tokens.shape[1]
-    if not width:
-        raise UsageError(
-            "there is no new token: reset() the cache for a new prompt, or give the whole conversation and what is new"
-        )
-    if arguments.get("use_cache") is False:
-        raise UsageError("use_cache=False asks for no cache: leave it out, or leave past_key_values out")
-    if not cache.columns and requests != cache.num_requests:
+    new = arguments.read(given, cache.columns, cache.seen)
+    decoding, tail = _kind(cache, new)
+    if cache.columns and not (decoding and new.width == 1):
+        arguments.check_continues(cache.last, new.last, new.counts)
+    if not cache.columns and new.requests != cache.num_requests:
         for group in cache.groups:  # nothing is held: a new batch may have another size
             group.store = None
-    if cache.num_requests and requests != cache.num_requests:
+    return Step(cache, new.width, new.counts, decoding, tail, new.last)
+
+
+def _kind(cache: EvictionCache, new: arguments.Arguments) -> tuple[bool, int]:
+    """Return whether the new tokens are decoded, and how many at the end of a turn are."""
+    drafts, end, columns = cache.max_draft_tokens, cache.prompt_length, cache.columns
+    if end is None:
+        decoding = columns > 0 and new.width <= drafts + 1
+        return decoding, 0 if decoding else max(0, min(drafts, *(count - 1 for count in new.counts)))
+    if columns < end:
+        tail = max(0, columns + new.width - end)
+        if tail > drafts:
+            raise UsageError(
+                f"prompt_length={end}, and this forward pass has columns {columns} to {columns + new.width}: "
+                "end the prompt's last chunk where the prompt ends"
+            )
+        return False, tail
+    if new.width > drafts + 1 and new.width > cache.until_eviction():
         raise UsageError(
-            f"the cache holds {cache.num_requests} requests, and the batch has {requests} rows; "
-            "a batch keeps its size until reset()"
+            f"{new.width} tokens behind the prompt, and an eviction is due after {cache.until_eviction()}: "
+            "feed that many, then up to an interval at a time"
         )
-    started = cache.columns > 0
-    seen = cache.seen or [0] * requests
-    counts = _counts(arguments.get("attention_mask"), cache.columns, width, seen)
-    last = _last(arguments.get("position_ids"), requests)
-    step = Step(cache, width, counts, decoding=started and width == 1, last=last)
-    if started and not step.decoding:
-        _check_continues(cache.last, step.last, counts)
-    return step
-
-
-def _last(positions: Any, requests: int) -> Tensor | None:
-    """Return the position that the model gives each row's newest token, where it is one number."""
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return None
-    return positions[:, -1].expand(requests)
-
-
-def _check_continues(before: Tensor | None, now: Tensor | None, counts: list[int]) -> None:
-    """Refuse a new prompt on a used cache: its positions begin again."""
-    if before is None or now is None:
-        return
-    for r, (old, new, count) in enumerate(zip(before.tolist(), now.tolist(), counts, strict=True)):
-        if new != old + count:
-            raise UsageError(
-                f"row {r} brings {count} tokens that end at position {new}, and the cache's last token is at {old}; "
-                "reset() the cache for a new prompt, or continue with the whole conversation"
-            )
-
-
-def _counts(mask: Any, columns: int, width: int, seen: list[int]) -> list[int]:
-    """Return the new tokens of each row, which an attention mask tells from pads."""
-    if mask is None:
-        if any(one != columns for one in seen):
-            raise UsageError("some rows were padded: pass the attention_mask with every later call, too")
-        return [width] * len(seen)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UsageError("an EvictionCache takes a two-dimensional attention_mask, of ones and zeros, or none")
-    if tuple(mask.shape) != (len(seen), columns + width):
-        raise UsageError(
-            f"attention_mask is {tuple(mask.shape)}; it must cover {len(seen)} rows and the {columns} columns seen "
-            f"with the {width} new ones: ({len(seen)}, {columns + width})"
-        )
-    new = (mask[:, columns:] != 0).to(torch.int64)
-    steps = torch.stack([(mask[:, :columns] != 0).sum(1), new.sum(1), (new.diff(dim=1) < 0).sum(1), new[:, -1]])
-    before, counts, falls, last = steps.tolist()
-    for r in range(len(seen)):
-        if falls[r] or not last[r]:
-            raise UsageError(
-                f"row {r} of attention_mask has a pad behind a token; pad on the left: tokenizer.padding_side = 'left'"
-            )
-        if before[r] != seen[r]:
-            raise UsageError(
-                f"row {r} of attention_mask shows {before[r]} tokens among the columns seen, and the cache has seen "
-                f"{seen[r]}; tokens cannot be hidden later"
-            )
-    return [int(count) for count in counts]
+    return True, 0

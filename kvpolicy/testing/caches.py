@@ -121,7 +121,7 @@ def _same_row(policy: EvictionPolicy, cache: StoreCache, twin: OrderedCache, cas
     row = cache.layers.index(twin.layer) * cache.script.requests + twin.request
     store = cache.store
     order = store.order.flatten(0, 1)[row].to(torch.int64)[:, : twin.positions.shape[2]]
-    for index, (held, mirrored) in enumerate(zip(store.state, twin.state, strict=True)):
+    for index, (held, mirrored) in enumerate(zip(store.bands[0].state, twin.state, strict=True)):
         if held is None or mirrored is None:
             continue
         pairs = [

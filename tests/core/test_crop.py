@@ -28,10 +28,10 @@ def test_queries_after_a_crop_are_counted_again() -> None:
     add(8)
     add(2)
     store.crop([2])
-    held = store.state[0]
+    held = store.bands[0].state[0]
     assert held is not None
     before = held.slots[0].sum()
     add(2)
-    held = store.state[0]
+    held = store.bands[0].state[0]
     assert held is not None
     assert (held.slots[0].sum() - before - 2).abs() < 1e-4  # each query gives a mass of 1

@@ -13,7 +13,7 @@ from tests.models import real, tiny
 
 def formula(store: Store, per_slot: int, per_row: int) -> int:
     """Return the bytes that docs/concepts.md promises."""
-    spec, plan = store.spec, store.plan
+    spec, plan = store.spec, store.plans[0]
     heads, slots, e = spec.num_heads, plan.budget + (plan.interval or 0), spec.dtype.itemsize
     each = heads * slots * (spec.head_dim + spec.value_dim) * e + 8 * heads * slots
     if plan.window:

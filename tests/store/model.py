@@ -102,7 +102,7 @@ class RowModel:
 
     def _check_memory(self, store: Store, row: int, at: Tensor) -> None:
         length = at.shape[1]
-        for stage, held in enumerate(store.state):
+        for stage, held in enumerate(store.bands[0].state):
             for number, tensor in enumerate(() if held is None else held.slots):
                 known = self.memory.get((stage, number), [{} for _ in self.held])
                 wanted = [

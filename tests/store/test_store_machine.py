@@ -218,7 +218,7 @@ class StoreMachine(RuleBasedStateMachine):
         size, rows = spec.dtype.itemsize, len(store.layers) * len(store.rows)
         each = spec.num_heads * c * (DIM + VALUE_DIM) * size + 8 * spec.num_heads * c
         each += (spec.num_query_heads * w * DIM * size + 4 * w) if w else 0
-        held = [t for s in store.state if s is not None for t in (*s.slots, *s.rows)]
+        held = [t for s in store.bands[0].state if s is not None for t in (*s.slots, *s.rows)]
         assert store.nbytes() == rows * each + sum(t.numel() * t.element_size() for t in held)
 
 

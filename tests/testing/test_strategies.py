@@ -188,7 +188,7 @@ def test_state_is_what_a_store_holds(scorer: KeyNorm | AccumulatedAttention) -> 
         store.advance([one.advanced(stop - start, decoding=decoding) for one in store.rows])
         if stop == 9:
             evict(store, [False], LogitSpec(view.scaling))
-    held, made = store.state[0], with_state(policy, view)[0]
+    held, made = store.bands[0].state[0], with_state(policy, view)[0]
     assert held is not None
     assert made is not None
     for one, two in zip((*held.slots, *held.rows), (*made.slots, *made.rows), strict=True):

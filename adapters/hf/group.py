@@ -1,0 +1,134 @@
+"""Layers that share an arena: :class:`Group`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.adapters.hf.ranks import Ranks
+from kvpolicy.adapters.hf.static import StaticSlots
+from kvpolicy.errors import UnsupportedError
+from kvpolicy.eviction import LogitSpec, evict
+from kvpolicy.policy import LayerPlan
+from kvpolicy.row import Row
+from kvpolicy.store import Store
+
+__all__ = ["Group"]
+
+
+@dataclass(eq=False)
+class Group:
+    """Hold the layers that share a device, a shape and a plan, and so an arena.
+
+    Attributes:
+        layers: indices.
+        plans: of each of them; one that all requests share, or one a request.
+        device: where they live.
+        num_layers: layers of the model.
+        workspace: bytes that the temporaries of one eviction may take.
+        ranks: the processes that share the heads.
+        store: allocated when the first tokens come.
+        logits: what each layer's attention was last called with.
+        unsettled: the rows as they were before tokens that may still be taken back, and whether
+            those end a turn that was not cut.
+        static: where compiled code finds the next slots, or None.
+        turn_nbytes: what the largest turn so far held of one layer, besides the slots.
+    """
+
+    layers: tuple[int, ...]
+    plans: tuple[LayerPlan, ...]
+    device: torch.device
+    num_layers: int
+    workspace: int
+    ranks: Ranks
+    store: Store | None = None
+    logits: dict[int, dict[str, Any]] = field(default_factory=dict)
+    unsettled: tuple[list[Row], bool] | None = None
+    static: StaticSlots | None = None
+    turn_nbytes: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """Return the slots that the plans ask for."""
+        return max(plan.capacity for plan in self.plans)
+
+    def index(self, layer: int) -> int:
+        """Return the place of a layer in the store."""
+        return self.layers.index(layer)
+
+    def fork(self, requests: Sequence[int]) -> Group:
+        """Return a group of the same layers whose rows are copies of some of these."""
+        plans = tuple(self.plans[r] for r in requests) if len(self.plans) > 1 else self.plans
+        unsettled = None
+        if self.unsettled is not None:
+            unsettled = [self.unsettled[0][r] for r in requests], self.unsettled[1]
+        store = None if self.store is None else self.store.fork(requests)
+        logits = dict(self.logits)
+        return replace(self, plans=plans, store=store, logits=logits, unsettled=unsettled, static=None)
+
+    def positions(self) -> dict[int, Tensor]:
+        """Return a copy of the kept positions of each layer, ascending, -1 behind the last."""
+        if self.store is None:
+            return {}
+        self.store.settle()
+        order = self.store.order[..., : self.store.longest].to(torch.int64)
+        return dict(zip(self.layers, self.store.positions.gather(-1, order).cpu(), strict=True))
+
+    def evict_after(self, before: Sequence[Row], turn: bool) -> None:
+        """Evict where it is due, now that the tokens since ``before`` are there to stay.
+
+        A row is due at the end of a turn, and where its count of decoded tokens has reached
+        another multiple of the interval.
+        """
+        store = self.store
+        assert store is not None
+        at_end = [
+            turn or (plan.interval is not None and row.decoded // plan.interval > old.decoded // plan.interval)
+            for row, old, plan in zip(store.rows, before, store.plans, strict=True)
+        ]
+        due = [end and row.length > plan.budget for end, row, plan in zip(at_end, store.rows, store.plans, strict=True)]
+        shown = [False] * len(due)
+        for band in store.bands:
+            if "every_query" in band.policy.needs:
+                shown[band.first : band.stop] = at_end[band.first : band.stop]
+        if any(due) or any(shown):
+            evict(store, due, self.logit_spec(self.layers), shown)
+
+    def settle(self) -> None:
+        """Evict where it is due, now that no more tokens will be taken back."""
+        if self.unsettled is not None:
+            before, turn = self.unsettled
+            self.unsettled = None
+            self.evict_after(before, turn)
+
+    def show_before_turn(self) -> None:
+        """Show policies that count every query what is there: a turn may push queries out of the window."""
+        store = self.store
+        assert store is not None
+        shown = ["every_query" in band.policy.needs for band in store.bands for _ in range(band.count)]
+        if any(shown):
+            evict(store, [False] * len(shown), self.logit_spec(self.layers), shown)
+
+    def logit_spec(self, layers: Sequence[int]) -> LogitSpec:
+        """Return what attention does to logits, the same for all layers of a store but for sinks."""
+        assert self.store is not None
+        spec, found = self.store.spec, [self.logits[layer] for layer in layers]
+        first = found[0]
+        if any(one["scaling"] != first["scaling"] or one["softcap"] != first["softcap"] for one in found):
+            raise UnsupportedError("layers scale their logits differently, which is not supported yet")
+        sinks = None if first["s_aux"] is None else torch.stack([one["s_aux"].detach() for one in found])
+        num_heads, head_offset = self.ranks.heads(spec.num_heads)
+        return LogitSpec(
+            scaling=spec.head_dim**-0.5 if first["scaling"] is None else float(first["scaling"]),
+            softcap=first["softcap"],
+            sinks=sinks,
+            num_layers=self.num_layers,
+            num_heads=num_heads,
+            head_offset=head_offset,
+            all_reduce=self.ranks.all_reduce,
+            workspace=self.workspace,
+        )
