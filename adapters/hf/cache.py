@@ -99,6 +99,10 @@ class EvictionCache(Cache, binding.Evicting):
         self.policies = _checked(policy)
         self.config = model.config.get_text_config(decoder=True)
         self.ranks = found.ranks
+        if static and self.ranks.size > 1:
+            raise UnsupportedError(
+                "static=True of a model that is split over processes is not supported yet; leave it out"
+            )
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
         self.options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -462,7 +466,10 @@ class EvictionCache(Cache, binding.Evicting):
 
         Raises:
             UsageError: no token has been seen yet, or a forward pass failed half-way.
+            UnsupportedError: the model is split over processes.
         """
+        if self.ranks.size > 1:  # the file would not say whose heads it holds
+            raise UnsupportedError("save() of a model that is split over processes is not supported yet")
         self.step()
         self._check_whole()
         self._settle()

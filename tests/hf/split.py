@@ -146,6 +146,10 @@ def misuse(folder: str, rank: int, ranks: int) -> dict[str, Any]:
         assert cache.groups[0].store is not None
         cache.groups[0].store.positions[1, 0, 0, 3] += rank
         cache.check_ranks()
+    refused("static", lambda: EvictionCache(model, policy, static=True))
+    with EvictionCache(model, policy) as cache:
+        model(tokens, past_key_values=cache)
+        refused("save", lambda: cache.save("nowhere"))
     refused("stages", lambda: EvictionCache(in_stages(f"{folder}/even", ranks), policy))
     whole = load(f"{folder}/even", torch.float64)
     from torch.distributed.device_mesh import init_device_mesh

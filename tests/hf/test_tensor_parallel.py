@@ -66,6 +66,8 @@ def test_what_processes_cannot_do_together_is_refused_on_each_of_them(tmp_path: 
         "seeds": ("UsageError", "seeds; on rank 0 it is [0, 0, 0], and on rank 1 [1, 1, 1]"),
         "counters": ("IntegrityError", "the counters of request 0"),
         "positions": ("IntegrityError", "the positions that layer 1 keeps"),
+        "static": ("UnsupportedError", "static=True"),
+        "save": ("UnsupportedError", "save()"),
         "stages": ("UnsupportedError", "split into stages"),
         "others": ("UnsupportedError", "tp_plan='auto'"),
     }
