@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class LogitSpec:
         num_layers: layers of the model.
         num_heads: KV heads of the model.
         head_offset: the global index of head 0.
+        all_reduce: sums a tensor over the ranks that share these heads, or None on one device.
         workspace: bytes that the temporaries of one eviction may take.
     """
 
@@ -43,6 +44,7 @@ class LogitSpec:
     num_layers: int = 1
     num_heads: int = 1
     head_offset: int = 0
+    all_reduce: Callable[[Tensor], Tensor] | None = None
     workspace: int = DEFAULT_WORKSPACE
 
 
@@ -258,6 +260,7 @@ def _of_model(logits: LogitSpec) -> dict[str, Any]:
         "num_layers": logits.num_layers,
         "num_heads": logits.num_heads,
         "head_offset": logits.head_offset,
+        "all_reduce": logits.all_reduce,
         "scaling": logits.scaling,
         "softcap": logits.softcap,
         "workspace": logits.workspace,

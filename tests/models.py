@@ -84,11 +84,11 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }
 
 
-def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a tiny model of random weights, the same at every call."""
+def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Return a tiny model of random weights, the same at every call; ``changes`` of its configuration."""
     model_class, config_class, options = FAMILIES[family]
     torch.manual_seed(0)
-    model = model_class(config_class(**{**_SMALL, **options}))
+    model = model_class(config_class(**{**_SMALL, **options, **changes}))
     with torch.no_grad():  # sharper than initialised: attention that prefers some tokens
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from kvpolicy.adapters.hf.attention import CACHE, SUPPORTED, register
+from kvpolicy.adapters.hf.ranks import Ranks, ranks_of
 from kvpolicy.errors import UnsupportedError
 
 __all__ = ["Binding", "Survey", "bind", "survey"]
@@ -29,13 +30,15 @@ class Survey:
         layers: a fresh cache layer for each, as transformers makes them.
         evicting: indices of the full-attention layers.
         skipped: the others, and what they are.
-        groups: the evicting layers of each device.
+        groups: the evicting layers of each device that they run on.
+        ranks: the processes that share the heads.
     """
 
     layers: list[Any]
     evicting: tuple[int, ...]
     skipped: dict[int, str]
     groups: dict[torch.device, tuple[int, ...]]
+    ranks: Ranks
 
 
 def survey(model: nn.Module, *, static: bool = False) -> Survey:
@@ -72,18 +75,27 @@ def survey(model: nn.Module, *, static: bool = False) -> Survey:
     homes = _devices(model)
     for i in evicting:
         devices.setdefault(homes.get(i, model.device), []).append(i)
-    return Survey(layers, evicting, skipped, {device: tuple(group) for device, group in devices.items()})
+    groups = {device: tuple(group) for device, group in devices.items()}
+    return Survey(layers, evicting, skipped, groups, ranks_of(model))
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:
-    """Return the device of each attention module, by the index of its layer."""
+    """Return the device that each attention module runs on, by the index of its layer."""
     found: dict[int, torch.device] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         parameter = next(module.parameters(), None)
         if isinstance(index, int) and parameter is not None:
-            found.setdefault(index, parameter.device)
+            found.setdefault(index, _runs_on(module) or parameter.device)
     return found
+
+
+def _runs_on(module: nn.Module) -> torch.device | None:
+    """Return where accelerate runs a module, whose weights may wait elsewhere; None where it has no say."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    named = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((one for one in named if one is not None), None)
+    return None if device is None else torch.device(device)
 
 
 @dataclass(eq=False)

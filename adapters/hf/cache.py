@@ -19,9 +19,10 @@ from kvpolicy.adapters.hf import binding, others, saving
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
+from kvpolicy.adapters.hf.ranks import kept_alike, said
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.adapters.hf.step import Step, open_step
-from kvpolicy.errors import BindError, UnsupportedError, UsageError
+from kvpolicy.errors import BindError, IntegrityError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan
 from kvpolicy.receipt import Receipt
 from kvpolicy.row import Row
@@ -97,6 +98,11 @@ class EvictionCache(Cache, binding.Evicting):
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
         self.policies = _checked(policy)
         self.config = model.config.get_text_config(decoder=True)
+        self.ranks = found.ranks
+        if static and self.ranks.size > 1:
+            raise UnsupportedError(
+                "static=True of a model that is split over processes is not supported yet; leave it out"
+            )
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
         self.options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -114,7 +120,7 @@ class EvictionCache(Cache, binding.Evicting):
             **{i: "left alone by its budget" for i, plans in by_layer.items() if plans is None},
         }
         self.groups = [
-            Group(tuple(same), plans, device, len(found.layers), workspace)
+            Group(tuple(same), plans, device, len(found.layers), workspace, found.ranks)
             for device, group in found.groups.items()
             for plans, same in _by_plan(group, by_layer).items()
         ]
@@ -215,6 +221,8 @@ class EvictionCache(Cache, binding.Evicting):
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
         self._check_whole()
         self._settle()
+        if not self.columns:
+            self._insist_on_one_prompt(arguments)
         self._step = open_step(self, arguments)
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
@@ -463,7 +471,10 @@ class EvictionCache(Cache, binding.Evicting):
 
         Raises:
             UsageError: no token has been seen yet, or a forward pass failed half-way.
+            UnsupportedError: the model is split over processes.
         """
+        if self.ranks.size > 1:  # the file would not say whose heads it holds
+            raise UnsupportedError("save() of a model that is split over processes is not supported yet")
         self.step()
         self._check_whole()
         self._settle()
@@ -521,6 +532,37 @@ class EvictionCache(Cache, binding.Evicting):
             skipped=self.skipped,
             kept=kept,
         )
+
+    def check_ranks(self) -> None:
+        """Check that all processes of a model with split heads did the same; every one must call it.
+
+        They compare the counters of every request. Where all heads must keep the same tokens, since
+        no stage tells heads apart or each process has all heads, they compare the kept positions,
+        too. A token that one process sampled differently does not show. One process checks nothing.
+
+        Raises:
+            IntegrityError: two processes differ, on all of them; the message says in what.
+        """
+        found: dict[str, Any] = {}
+        for group in self.groups:
+            for r, row in enumerate([] if group.store is None else group.store.rows):
+                found[f"the counters of request {r} in layer {group.layers[0]}"] = str(row)
+            for layer, number in kept_alike(self.policies, self.ranks, group.positions()).items():
+                found[f"the fingerprint of the positions that layer {layer} keeps"] = number
+        self.ranks.insist(found, IntegrityError)
+
+    def _insist_on_one_prompt(self, arguments: dict[str, Any]) -> None:
+        """Stop processes that would go separate ways, before they wait for each other for ever."""
+        if self.ranks.size == 1:
+            return
+        found: dict[str, Any] = {
+            "the policy": repr(self.policies),
+            "the plans of the layers": [(group.layers, str(group.plans)) for group in self.groups],
+            **self.options,
+        }
+        for name in ("input_ids", "inputs_embeds", "attention_mask"):
+            found[f"{name}, its shape and a fingerprint,"] = said(arguments.get(name))
+        self.ranks.insist(found, UsageError)
 
     def new_seeds(self, requests: int) -> list[tuple[int, int]]:
         """Return the name and the seed of each request of a batch.

@@ -134,7 +134,8 @@ class Step:
         self, group: Group, heads: int, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
     ) -> Store:
         cache, config = self.cache, self.cache.config
-        each = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
+        whole, _ = cache.ranks.heads(heads)
+        each = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or whole)
         capacity = group.capacity + cache.max_draft_tokens
         spec = LayerSpec(heads, heads * each, dim, value_dim, capacity, dtype, device)
         rows = [Row(request=request, seed=seed) for request, seed in cache.new_seeds(len(self.counts))]
