@@ -102,7 +102,7 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
         match words:
             case ["make", *targets]:
                 makefile = (ROOT / "Makefile").read_text("utf-8")
-                known = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+                known = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
                 assert set(targets) <= known, command
             case ["pip", "install", requirement]:
                 assert set(extras(requirement)) <= set(project()["optional-dependencies"]), command
