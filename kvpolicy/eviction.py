@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ class LogitSpec:
         num_heads: KV heads of the model.
         head_offset: the global index of head 0.
         workspace: bytes that the temporaries of one eviction may take.
+        absorb: what makes queries of a layer, counted within the store, ask the keys that the store
+            holds, ``[rows, Hq, W, query_dim]`` to ``[rows, Hq, W, D]``; None where they do.
     """
 
     scaling: float
@@ -43,6 +45,7 @@ class LogitSpec:
     num_heads: int = 1
     head_offset: int = 0
     workspace: int = DEFAULT_WORKSPACE
+    absorb: Callable[[int, Tensor], Tensor] | None = None
 
 
 def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
@@ -63,7 +66,7 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
     step = max(1, logits.workspace // 2 // _bytes_per_row(store))
     for start in range(0, total, step):
         at = slice(start, min(start + step, total))
-        view = _with_window(_rows_of(every, at), store, at)
+        view = _with_window(_rows_of(every, at), store, at, logits)
         keep, state = store.policy.select(view, store.state_of(at))
         insist_on_keep(keep, view, store.policy)
         store.remember(at, state)
@@ -75,7 +78,7 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec) -> None:
 def _bytes_per_row(store: Store) -> int:
     """Return what the temporaries of one row take: of its slots, its window, and its fresh tokens."""
     spec, fresh = store.spec, max(row.length - row.settled for row in store.rows)
-    queries = spec.num_query_heads * store.plan.window * spec.head_dim
+    queries = spec.num_query_heads * store.plan.window * (spec.head_dim + (spec.query_dim or 0))
     tokens = spec.num_heads * fresh * (spec.head_dim + spec.value_dim)
     return spec.num_heads * spec.capacity * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
 
@@ -104,14 +107,25 @@ def _whole_view(store: Store, budgets: Sequence[int], limit: int, logits: LogitS
     )
 
 
-def _with_window(view: View, store: Store, at: slice) -> View:
+def _with_window(view: View, store: Store, at: slice, logits: LogitSpec) -> View:
     """Return a view of some rows with their queries, oldest first."""
     if not store.plan.window:
         return view
     window = store.window
     places = (window.at * len(store.layers))[at]
     queries, positions = oldest_first(window.queries.flatten(0, 1)[at], window.positions.flatten(0, 1)[at], places)
+    if logits.absorb is not None:
+        queries = _absorbed(queries, at, len(store.rows), logits.absorb)
     return dataclasses.replace(view, queries=queries, query_positions=positions)
+
+
+def _absorbed(queries: Tensor, at: slice, requests: int, absorb: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Return the queries of some of the ``layers * requests`` rows, absorbed layer by layer."""
+    parts = []
+    for layer in range(at.start // requests, (at.stop - 1) // requests + 1):
+        start, stop = max(at.start, layer * requests), min(at.stop, (layer + 1) * requests)
+        parts.append(absorb(layer, queries[start - at.start : stop - at.start]))
+    return torch.cat(parts)
 
 
 def fill_from(
@@ -146,6 +160,8 @@ def fill_from(
     positions, order, fresh = _slots_of_turn(store, index, keys.shape[2], counts)
     window, at = store.window.after(counts, [row.seen for row in store.rows])
     asked, asked_positions = oldest_first(store.window.queries[index], window, at)
+    if logits.absorb is not None and store.plan.window:
+        asked = logits.absorb(index, asked)
     by_head = torch.tensor(budgets, device=device)[:, None].expand(-1, heads)
     view = View(
         keys=keys,

@@ -34,7 +34,7 @@ class Store:
         layers: which layers of the model these are.
         rows: one record a request.
         keys: ``[layers, requests, H, C, D]``.
-        values: ``[layers, requests, H, C, Dv]``.
+        values: ``[layers, requests, H, C, Dv]``; a part of ``keys`` where the spec says so.
         positions: ``[layers, requests, H, C]`` int32, -1 where free.
         order: ``[layers, requests, H, C]`` int32, the slots in position order, free slots last.
         window: the newest queries.
@@ -59,10 +59,13 @@ class Store:
         slots = (*lead, spec.num_heads, spec.capacity)
         with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
             self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=device)
-            self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
+            self.values = self.keys[..., : spec.value_dim]
+            if not spec.values_in_keys:
+                self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
             self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
             self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
-            self.window = QueryWindow(*lead, spec.num_query_heads, plan.window, spec.head_dim, spec.dtype, device)
+            asked = spec.query_dim or spec.head_dim
+            self.window = QueryWindow(*lead, spec.num_query_heads, plan.window, asked, spec.dtype, device)
             self.state = self._checked(policy.init(spec, lead[0] * lead[1]))
             self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
 
@@ -101,12 +104,16 @@ class Store:
         """Return one count of every row, ``[requests]`` int64 on the store's device."""
         return torch.tensor([getattr(row, name) for row in self.rows], dtype=torch.int64, device=self.spec.device)
 
+    @property
+    def arenas(self) -> tuple[Tensor, ...]:
+        """Return the memory of keys and values: one tensor where values lie in keys."""
+        return (self.keys,) if self.spec.values_in_keys else (self.keys, self.values)
+
     def tensors(self) -> list[Tensor]:
         """Return every tensor of slots, window and policy state."""
         held = [t for stage in self.state if stage is not None for t in (*stage.slots, *stage.rows)]
         return [
-            self.keys,
-            self.values,
+            *self.arenas,
             self.positions,
             self.order,
             self.window.queries,
@@ -259,7 +266,7 @@ class Store:
         positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
         order.copy_(reorder_after(order, keep.mask, source, target))
-        moving = [self.keys.flatten(0, 1)[at], self.values.flatten(0, 1)[at], positions]
+        moving = [*(arena.flatten(0, 1)[at] for arena in self.arenas), positions]
         held = [t[at] for stage in self.state if stage is not None for t in stage.slots]
         move_([*moving, *held], source, target)
         first, last = max(0, min(row.length for row in self.rows) - limit), self.longest
@@ -341,7 +348,7 @@ class Store:
         if len(named) != len(self.rows) or not all(0 <= r < len(self.rows) for r in named):
             raise UsageError(f"reorder({named}): name one of the {len(self.rows)} rows for each of them")
         requests = requests.to(self.spec.device)
-        for tensor in (self.keys, self.values, self.positions, self.order):
+        for tensor in (*self.arenas, self.positions, self.order):
             tensor.copy_(tensor.index_select(1, requests))
         lead = (len(self.layers), len(self.rows))
         held = [t for stage in self.state if stage is not None for t in (*stage.slots, *stage.rows)]

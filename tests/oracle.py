@@ -79,35 +79,39 @@ class Oracle:
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         layer, (rows, heads, size, _), width = module.layer_idx, key.shape, query.shape[2]
+        asked, keys, values = query, key, value  # what the policy sees
+        if hasattr(module, "expand_kv"):
+            heads = 1
+            asked, keys, values = absorbed(module, query, self.cache.layers[layer])
         held = self.layers.get(layer)
         if held is None:
             held = self.layers[layer] = Layer(
                 torch.zeros(rows, heads, 0, dtype=torch.bool),
                 torch.zeros(rows, 0, dtype=torch.long),
-                query[:, :, :0],
+                asked[:, :, :0],
                 torch.zeros(rows, 0, dtype=torch.long),
                 None,
                 [0] * rows,
             )
         if not self.decoding and held.told < held.alive.shape[2] and "every_query" in self.policy.needs:
-            self.evict(layer, held, key[:, :, :-width], value[:, :, :-width], kwargs, seen=self.valid[:, :-width])
+            self.evict(layer, held, keys[:, :, :-width], values[:, :, :-width], kwargs, seen=self.valid[:, :-width])
         new = self.valid[:, -width:]
         numbers = torch.where(new, self.valid.long().cumsum(1)[:, -width:] - 1, -1)
         held.alive = torch.cat([held.alive, new[:, None].expand(-1, heads, -1)], 2)
         held.positions = torch.cat([held.positions, numbers], 1)
-        held.queries = torch.cat([held.queries, query], 2)
+        held.queries = torch.cat([held.queries, asked], 2)
         held.query_positions = torch.cat([held.query_positions, numbers], 1)
         causal = torch.arange(size) <= torch.arange(size - width, size)[:, None]
         visible = held.alive[:, :, None] & causal
-        group = query.shape[1] // heads
+        group = query.shape[1] // key.shape[1]
         out = attention(
             query,
             key.repeat_interleave(group, 1),
             value.repeat_interleave(group, 1),
-            visible.repeat_interleave(group, 1),
+            visible.repeat_interleave(query.shape[1] // heads, 1),
             **kwargs,
         )
-        self.evict(layer, held, key, value, kwargs)
+        self.evict(layer, held, keys, values, kwargs)
         return out.transpose(1, 2).contiguous()
 
     def evict(
@@ -203,6 +207,15 @@ class Oracle:
         found = torch.where(held.alive, held.positions[:, None], 2**30).sort(-1).values
         found = found[..., : int(held.alive.sum(-1).max())]
         return torch.where(found == 2**30, -1, found)
+
+
+def absorbed(module: Any, query: Tensor, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of latent attention as one KV head, from the model's own cache."""
+    plain, rank = module.qk_nope_head_dim, module.kv_lora_rank
+    weight = module.kv_b_proj.weight.view(query.shape[1], -1, rank)
+    in_latents = torch.einsum("bhwp,hpr->bhwr", query[..., :plain], weight[:, :plain])
+    keys = torch.cat([layer.keys, layer.values], -1)
+    return torch.cat([in_latents, query[..., plain:]], -1), keys, layer.keys
 
 
 def attention(

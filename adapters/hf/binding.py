@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvpolicy.adapters.hf.attention import CACHE, SUPPORTED, register
+from kvpolicy.adapters.hf.latent import Latent, latents_of
 from kvpolicy.errors import UnsupportedError
 
 __all__ = ["Binding", "Survey", "bind", "survey"]
@@ -27,12 +28,14 @@ class Survey:
         evicting: indices of the full-attention layers.
         skipped: the others, and what they are.
         groups: the evicting layers by the device that they run on.
+        latents: how layers expand their latents, where that is what they cache.
     """
 
     layers: list[Any]
     evicting: tuple[int, ...]
     skipped: dict[int, str]
     groups: tuple[tuple[int, ...], ...]
+    latents: dict[int, Latent]
 
 
 def survey(model: nn.Module) -> Survey:
@@ -46,8 +49,6 @@ def survey(model: nn.Module) -> Survey:
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder; only decoders are supported")
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedError(f"{name} caches latents (multi-head latent attention), which is not supported yet")
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
         raise UnsupportedError(f"{name} attends in both directions; only decoders are supported")
     layers = list(DynamicCache(config=config).layers)
@@ -63,7 +64,7 @@ def survey(model: nn.Module) -> Survey:
     homes = _devices(model)
     for i in evicting:
         devices.setdefault(str(homes.get(i, model.device)), []).append(i)
-    return Survey(layers, evicting, skipped, tuple(tuple(group) for group in devices.values()))
+    return Survey(layers, evicting, skipped, tuple(tuple(group) for group in devices.values()), latents_of(model))
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:

@@ -82,7 +82,9 @@ class EvictionCache(Cache):
             **{i: "left alone by its budget" for i, p in by_layer.items() if p is None},
         }
         self.groups = [
-            Group(tuple(same), plan) for group in found.groups for plan, same in _by_plan(group, by_layer).items()
+            Group(tuple(same), plan, latents={i: found.latents[i] for i in same if i in found.latents})
+            for group in found.groups
+            for plan, same in _by_plan(group, by_layer).items()
         ]
         self._group_of = {layer: group for group in self.groups for layer in group.layers}
         if not self._group_of:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvpolicy.adapters.hf.latent import Latent
 from kvpolicy.errors import UnsupportedError, UsageError
 from kvpolicy.eviction import LogitSpec, evict, fill_from
 from kvpolicy.policy import EvictionPolicy, LayerPlan
@@ -30,12 +31,18 @@ class Group:
         plan: of each of them.
         store: allocated when the first tokens come.
         logits: what each layer's attention was last called with.
+        latents: how each layer expands its latents, where that is what it caches.
     """
 
     layers: tuple[int, ...]
     plan: LayerPlan
     store: Store | None = None
     logits: dict[int, dict[str, Any]] = field(default_factory=dict)
+    latents: dict[int, Latent] = field(default_factory=dict)
+
+    def absorb(self, index: int, queries: Tensor) -> Tensor:
+        """Return queries of a layer, counted within the store, that ask the latents it holds."""
+        return self.latents[self.layers[index]].absorbed(queries)
 
     def positions(self) -> dict[int, Tensor]:
         """Return a copy of the kept positions of each layer, ascending, -1 behind the last."""
@@ -66,6 +73,7 @@ class Step:
     _after: dict[int, list[Row]] = field(default_factory=dict)
     _visible: dict[int, Tensor | None] = field(default_factory=dict)
     _taken: set[int] = field(default_factory=set)
+    _joined: dict[int, Tensor] = field(default_factory=dict)
     _attended: set[int] = field(default_factory=set)
 
     def take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +83,15 @@ class Step:
         if layer in self._taken:
             raise UsageError(f"layer {layer} gave its keys twice in one forward pass")
         self._taken.add(layer)
+        latent = group.latents.get(layer)
+        if latent is None:
+            return self._take(group, layer, keys, values)
+        joined = latent.joined(layer, keys, values)
+        keys, _ = self._take(group, layer, joined, joined[..., : latent.rank])
+        self._joined[layer] = keys
+        return latent.parts(keys)
+
+    def _take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         store = self._store(group, layer, keys, values)
         index = group.layers.index(layer)
         if self.decoding:
@@ -95,8 +112,14 @@ class Step:
         if group.store is None:
             heads, dim, value_dim, dtype, device = shape
             config = self.cache.config
-            group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
-            spec = LayerSpec(heads, heads * group_size, dim, value_dim, group.plan.capacity, dtype, device)
+            latent = group.latents.get(layer)
+            if latent is None:
+                group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
+                spec = LayerSpec(heads, heads * group_size, dim, value_dim, group.plan.capacity, dtype, device)
+            else:
+                query_dim = latent.plain + dim - latent.rank
+                sizes = (heads, latent.heads, dim, value_dim, group.plan.capacity)
+                spec = LayerSpec(*sizes, dtype, device, query_dim=query_dim, values_in_keys=True)
             rows = [Row(request=request, seed=seed) for request, seed in self.cache.new_seeds(len(self.counts))]
             group.store = Store(self.cache.policy, group.plan, spec, group.layers, rows)
         spec = group.store.spec
@@ -145,10 +168,20 @@ class Step:
         store, index = group.store, group.layers.index(layer)
         assert store is not None
         self._attended.add(layer)
+        heads, dim, value_dim = store.spec.num_heads, store.spec.head_dim, store.spec.value_dim
         group.logits[layer] = {name: logits.get(name) for name in ("scaling", "softcap", "s_aux")}
         if query.shape[1] != store.spec.num_query_heads:
             raise UnsupportedError(
                 f"layer {layer} has {query.shape[1]} query heads, and {store.spec.num_query_heads} were expected"
+            )
+        if layer in group.latents:
+            key = self._joined.pop(layer)
+            value = key[..., : store.spec.value_dim]
+        elif (key.shape[1], key.shape[3], value.shape[3]) != (heads, dim, value_dim):
+            raise UnsupportedError(
+                f"layer {layer} attends to (heads, key size, value size) = "
+                f"{(key.shape[1], key.shape[3], value.shape[3])} and caches {(heads, dim, value_dim)}: what it does "
+                "between its cache and its attention is not known here"
             )
         store.observe(index, query, self.counts)
         if self.decoding:
@@ -192,12 +225,13 @@ class Step:
             raise UnsupportedError("layers scale their logits differently, which is not supported yet")
         sinks = None if first["s_aux"] is None else torch.stack([one["s_aux"].detach() for one in found])
         return LogitSpec(
-            scaling=store.spec.head_dim**-0.5 if first["scaling"] is None else float(first["scaling"]),
+            scaling=float(first["scaling"] or (store.spec.query_dim or store.spec.head_dim) ** -0.5),
             softcap=first["softcap"],
             sinks=sinks,
             num_layers=len(self.cache.layers),
             num_heads=store.spec.num_heads,
             workspace=self.cache.workspace,
+            absorb=group.absorb if group.latents else None,
         )
 
 
