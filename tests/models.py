@@ -12,9 +12,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.families import FAMILIES, SMALL
 
-__all__ = ["FAMILIES", "default_folder", "real", "tiny", "tokenizer"]
+__all__ = ["FAMILIES", "default_folder", "real", "sharpen", "tiny", "tokenizer"]
 
 _SHARPENED = ("q_proj.weight", "k_proj.weight", "qkv_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight")
+
+
+def sharpen(model: Any) -> Any:
+    """Return the model with attention that prefers some tokens, more than at its initialisation."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(_SHARPENED):
+                parameter.mul_(12)
+    return model
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -22,10 +31,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     model_class, config_class = FAMILIES[family].classes()
     torch.manual_seed(0)
     model = model_class(config_class(**{**SMALL, **FAMILIES[family].options}))
-    with torch.no_grad():  # sharper than initialised: attention that prefers some tokens
-        for name, parameter in model.named_parameters():
-            if name.endswith(_SHARPENED):
-                parameter.mul_(12)
+    sharpen(model)
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels know no float64
     return model.to(dtype).eval()

@@ -47,10 +47,16 @@ class Oracle:
         self.plan = self.policy.plan(ModelSpec(len(self.evicting), self.max_new_tokens))
         self.columns, self.decoded, self.prompt = 0, 0, torch.zeros(0)
         self.pads: Tensor | None = None
+        self.together: Tensor | None = None
+        self.pictures = False
         self.history: list[dict[int, Tensor]] = []
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the logits of the last token of each row, ``[R, vocabulary]``."""
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, **image: Any) -> Tensor:
+        """Return the logits of the last token of each row, ``[R, vocabulary]``.
+
+        ``image`` is what a model takes beside tokens; its positions are then left to the model, and
+        tokens of one ``token_type_ids`` block, 1 for a piece of an image, see each other.
+        """
         width = tokens.shape[1]
         new = torch.ones_like(tokens) if attention_mask is None else attention_mask[:, -width:]
         self.valid = new.bool() if self.pads is None else torch.cat([self.pads, new.bool()], 1)
@@ -60,16 +66,22 @@ class Oracle:
         self.decoded = self.decoded + 1 if self.decoding else 0
         if not self.decoding and len(self.prompt) == 0:
             self.prompt = new.sum(1)
-        before, original = self.model.get_decoder(), self.model.config._attn_implementation
+        if "token_type_ids" in image:
+            self.together = image["token_type_ids"].bool()
+        places = {} if image or self.pictures else {"position_ids": positions}
+        self.pictures = self.pictures or bool(image)
+        before = self.model.get_decoder()
+        original = before.config._attn_implementation
         before.set_attn_implementation("oracle")
         _current.append(self)
         try:
             out = self.model(
                 tokens,
                 attention_mask=self.valid.long(),
-                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
+                **places,
+                **image,
             )
         finally:
             _current.pop()
@@ -102,6 +114,8 @@ class Oracle:
         held.queries = torch.cat([held.queries, asked], 2)
         held.query_positions = torch.cat([held.query_positions, numbers], 1)
         causal = torch.arange(size) <= torch.arange(size - width, size)[:, None]
+        if self.together is not None and width > 1:  # a prompt with one image: its pieces see each other
+            causal = causal | (self.together[:, None, :, None] & self.together[:, None, None, :])
         visible = held.alive[:, :, None] & causal
         group = query.shape[1] // key.shape[1]
         out = attention(

@@ -84,6 +84,7 @@ class Binding:
 
     decoder: PreTrainedModel
     original: str
+    around: nn.Module | None = None  #: what calls the decoder with masks of its own making
     users: int = 0
     handles: list[Any] = field(default_factory=list)
 
@@ -95,6 +96,8 @@ class Binding:
                 self.decoder.register_forward_pre_hook(_before, with_kwargs=True),
                 self.decoder.register_forward_hook(_after, with_kwargs=True),
             ]
+            if self.around is not None:
+                self.handles.append(self.around.register_forward_pre_hook(_around, with_kwargs=True))
         self.users += 1
 
     def release(self) -> None:
@@ -129,7 +132,8 @@ def bind(model: PreTrainedModel) -> Binding:
             )
         if not _passes_keywords(decoder.forward):
             raise UnsupportedError(f"{type(decoder).__name__}.forward hands no keywords to its attention")
-        binding = _bindings[decoder] = Binding(decoder, original)
+        around = model.base_model
+        binding = _bindings[decoder] = Binding(decoder, original, None if around is decoder else around)
     return binding
 
 
@@ -154,6 +158,13 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return args, {**kwargs, CACHE: cache}
 
 
+def _around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    arguments = _arguments(module, args, kwargs)
+    cache = arguments.get("past_key_values")
+    if isinstance(cache, Evicting):
+        cache.told(arguments.get("attention_mask"))
+
+
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = kwargs.get(CACHE)
     if isinstance(cache, Evicting):
@@ -163,6 +174,10 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 @runtime_checkable
 class Evicting(Protocol):
     """Be what the hooks ask of a cache, once before and once after each forward pass."""
+
+    def told(self, mask: Any) -> None:
+        """Remember the attention mask that the model around the decoder was given."""
+        ...
 
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step."""

@@ -98,6 +98,7 @@ class EvictionCache(Cache):
         self.columns = 0
         self.last: Tensor | None = None
         self._step: Step | None = None
+        self._told: tuple[Any] | None = None
         self._failed = False
         self._decoder_binding = binding.bind(model)
         self._decoder_binding.acquire()
@@ -146,6 +147,10 @@ class EvictionCache(Cache):
 
     # One forward pass: begin, then take and attend for each layer, then finish
 
+    def told(self, mask: Any) -> None:
+        """Remember the mask that a model around the decoder was given; it may hand on another, made of it."""
+        self._told = (mask,)
+
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step; the model's hook calls it before each forward pass."""
         if not self._release.alive:
@@ -154,6 +159,9 @@ class EvictionCache(Cache):
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
         if self._failed:
             raise UsageError("a forward pass failed half-way; reset() the cache and begin again")
+        told, self._told = self._told, None
+        if told is not None and isinstance(arguments.get("attention_mask"), dict):
+            arguments = {**arguments, "attention_mask": told[0]}
         self._step = open_step(self, arguments)
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)

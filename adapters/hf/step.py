@@ -274,6 +274,8 @@ def open_step(cache: EvictionCache, arguments: dict[str, Any]) -> Step:
 
 def _last(positions: Any, requests: int) -> Tensor | None:
     """Return the position that the model gives each row's newest token, where it is one number."""
+    if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of the text; behind it, where a token stands in an image
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return None
     return positions[:, -1].expand(requests)
