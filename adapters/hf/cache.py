@@ -73,7 +73,7 @@ class EvictionCache(Cache):
         found = binding.survey(model)
         _check.integer("EvictionCache", "workspace", workspace, 1)
         self.policy, self.workspace = _checked(policy), workspace
-        self.config = model.config.get_text_config(decoder=True)
+        self.sharing = found.sharing
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
         plans = policy.plan(ModelSpec(len(found.evicting), max_new_tokens))
         by_layer = _by_layer(plans, found.evicting)

@@ -73,7 +73,7 @@ class Step:
     _after: dict[int, list[Row]] = field(default_factory=dict)
     _visible: dict[int, Tensor | None] = field(default_factory=dict)
     _taken: set[int] = field(default_factory=set)
-    _joined: dict[int, Tensor] = field(default_factory=dict)
+    _given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _attended: set[int] = field(default_factory=set)
 
     def take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,12 +84,11 @@ class Step:
             raise UsageError(f"layer {layer} gave its keys twice in one forward pass")
         self._taken.add(layer)
         latent = group.latents.get(layer)
-        if latent is None:
-            return self._take(group, layer, keys, values)
-        joined = latent.joined(layer, keys, values)
-        keys, _ = self._take(group, layer, joined, joined[..., : latent.rank])
-        self._joined[layer] = keys
-        return latent.parts(keys)
+        if latent is not None:
+            keys = latent.joined(layer, keys, values)
+            values = keys[..., : latent.rank]
+        given = self._given[layer] = self._take(group, layer, keys, values)
+        return given if latent is None else latent.parts(given[0])
 
     def _take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         store = self._store(group, layer, keys, values)
@@ -111,11 +110,10 @@ class Step:
         shape = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
         if group.store is None:
             heads, dim, value_dim, dtype, device = shape
-            config = self.cache.config
             latent = group.latents.get(layer)
             if latent is None:
-                group_size = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
-                spec = LayerSpec(heads, heads * group_size, dim, value_dim, group.plan.capacity, dtype, device)
+                asking = heads * self.cache.sharing.get(layer, 1)
+                spec = LayerSpec(heads, asking, dim, value_dim, group.plan.capacity, dtype, device)
             else:
                 query_dim = latent.plain + dim - latent.rank
                 sizes = (heads, latent.heads, dim, value_dim, group.plan.capacity)
@@ -168,30 +166,29 @@ class Step:
         store, index = group.store, group.layers.index(layer)
         assert store is not None
         self._attended.add(layer)
-        heads, dim, value_dim = store.spec.num_heads, store.spec.head_dim, store.spec.value_dim
         group.logits[layer] = {name: logits.get(name) for name in ("scaling", "softcap", "s_aux")}
         if query.shape[1] != store.spec.num_query_heads:
             raise UnsupportedError(
                 f"layer {layer} has {query.shape[1]} query heads, and {store.spec.num_query_heads} were expected"
             )
-        if layer in group.latents:
-            key = self._joined.pop(layer)
-            value = key[..., : store.spec.value_dim]
-        elif (key.shape[1], key.shape[3], value.shape[3]) != (heads, dim, value_dim):
+        given = self._given.pop(layer, (None, None))
+        if layer not in group.latents and not (_same(given[0], key) and _same(given[1], value)):
             raise UnsupportedError(
-                f"layer {layer} attends to (heads, key size, value size) = "
-                f"{(key.shape[1], key.shape[3], value.shape[3])} and caches {(heads, dim, value_dim)}: what it does "
+                f"layer {layer} attends twice, or to other keys and values than its cache gave it: what it does "
                 "between its cache and its attention is not known here"
             )
+        keys, values = given
+        assert keys is not None
+        assert values is not None
         store.observe(index, query, self.counts)
         if self.decoding:
             return
         after = self._after[id(group)]
         if max(row.length for row in after) <= store.plan.budget:
-            store.append(index, key[:, :, store.longest :], value[:, :, store.longest :], self.counts)
+            store.append(index, keys[:, :, store.longest :], values[:, :, store.longest :], self.counts)
         else:
             spec = self._logit_spec(group, [layer], store)
-            fill_from(store, index, key, value, self.counts, after, spec)
+            fill_from(store, index, keys, values, self.counts, after, spec)
 
     def commit(self, policy: EvictionPolicy) -> None:
         """Make the step count, and evict where it is due."""
@@ -233,6 +230,11 @@ class Step:
             workspace=self.cache.workspace,
             absorb=group.absorb if group.latents else None,
         )
+
+
+def _same(given: Tensor | None, used: Tensor) -> bool:
+    """Return whether attention uses what the cache gave; the tensor itself in all but a few models."""
+    return given is used or (given is not None and given.dtype == used.dtype and torch.equal(given, used))
 
 
 def open_step(cache: EvictionCache, arguments: dict[str, Any]) -> Step:
