@@ -33,7 +33,7 @@ _MLA = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 6,
 }
-_DEEPSEEK = {
+DEEPSEEK = {
     **_MLA,
     "first_k_dense_replace": 1,
     "n_routed_experts": 4,
@@ -43,7 +43,7 @@ _DEEPSEEK = {
     "n_shared_experts": 1,
     "moe_intermediate_size": 16,
 }
-_LINEAR = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+LINEAR = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         "Qwen3NextForCausalLM",
         {
-            **_LINEAR,
+            **LINEAR,
             **_EXPERTS,
             "shared_expert_intermediate_size": 16,
             "linear_num_key_heads": 2,
@@ -112,7 +112,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family(
         "Qwen3_5ForCausalLM",
         {
-            **_LINEAR,
+            **LINEAR,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 2,
             "linear_key_head_dim": 8,
@@ -162,9 +162,9 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("GraniteForCausalLM", {"attention_multiplier": 0.35}),
     "glm4": Family("Glm4ForCausalLM", {"partial_rotary_factor": 0.5}),
     "cohere2": Family("Cohere2ForCausalLM", _SLIDING, notes="its global layers have no rotation"),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", {**_DEEPSEEK, "topk_method": "greedy"}, notes="latent attention"),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", _DEEPSEEK, notes="latent attention; Kimi-K2 is this class, too"),
-    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", _DEEPSEEK, notes="latent attention"),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", {**DEEPSEEK, "topk_method": "greedy"}, notes="latent attention"),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", DEEPSEEK, notes="latent attention; Kimi-K2 is this class, too"),
+    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", DEEPSEEK, notes="latent attention"),
     "minicpm3": Family("MiniCPM3ForCausalLM", _MLA, notes="latent attention"),
     "longcat_flash": Family(
         "LongcatFlashForCausalLM",
