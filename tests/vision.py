@@ -20,7 +20,7 @@ _SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 def _llava() -> Any:
     sight = transformers.CLIPVisionConfig(**_SIGHT, image_size=16, patch_size=4)
     config = transformers.LlavaConfig(
-        vision_config=sight, text_config=transformers.LlamaConfig(**_TEXT), image_token_id=IMAGE
+        vision_config=sight, text_config=transformers.LlamaConfig(**_TEXT), image_token_index=IMAGE
     )
     return transformers.LlavaForConditionalGeneration(config)
 
@@ -28,7 +28,9 @@ def _llava() -> Any:
 def _qwen2_vl() -> Any:
     return transformers.Qwen2VLForConditionalGeneration(
         transformers.Qwen2VLConfig(
-            text_config={**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+            text_config={
+                **_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            },
             vision_config={
                 "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2,
             },

@@ -97,9 +97,9 @@ def _sharing(decoder: nn.Module) -> dict[int, int]:
     """Return how many query heads share a KV head, 1 for models without grouped heads, by layer."""
     attention = [module for module in decoder.modules() if getattr(module, "is_causal", False)]
     return {
-        module.layer_idx: int(getattr(module, "num_key_value_groups", 1))
+        index: int(getattr(module, "num_key_value_groups", 1))
         for module in attention
-        if isinstance(getattr(module, "layer_idx", None), int)
+        if isinstance(index := getattr(module, "layer_idx", None), int)
     }
 
 

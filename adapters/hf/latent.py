@@ -72,7 +72,7 @@ class Latent:
     def _expansion(self, like: Tensor) -> Tensor:
         """Return what expands latents to the keys' plain part, ``[Hq, plain, rank]``."""
         linear = self.module.kv_b_proj
-        if type(linear) is nn.Linear:
+        if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
             weight = linear.weight
         else:  # quantised or wrapped: what it makes of unit vectors is its weight
             weight = linear(torch.eye(self.rank, dtype=like.dtype, device=like.device)).T

@@ -94,7 +94,9 @@ def test_rows_are_reordered_once() -> None:
         with EvictionCache(model, zoo(24)["vase"]) as cache:
             model(ids[:, :40], past_key_values=cache)
             cache.reorder_cache(order)
-            found.append(torch.cat([model(one[order], past_key_values=cache).logits for one in ids[:, 40:].split(1, 1)], 1))
+            found.append(
+                torch.cat([model(one[order], past_key_values=cache).logits for one in ids[:, 40:].split(1, 1)], 1)
+            )
     assert (found[0][turned] - found[1]).abs().max() <= 1e-12
 
 
@@ -120,7 +122,11 @@ def test_a_projection_that_is_no_plain_linear_layer() -> None:
 
 def test_what_is_no_latent_is_refused() -> None:
     latent = Latent(nn.Identity(), heads=4, rank=12, plain=8)
-    for latents, rotated in (((2, 4, 3, 12), (2, 1, 3, 4)), ((2, 1, 3, 10), (2, 1, 3, 4)), ((2, 1, 3, 12), (2, 4, 3, 4))):
+    for latents, rotated in (
+        ((2, 4, 3, 12), (2, 1, 3, 4)),
+        ((2, 1, 3, 10), (2, 1, 3, 4)),
+        ((2, 1, 3, 12), (2, 4, 3, 4)),
+    ):
         with pytest.raises(UnsupportedError, match="layer 5 gives its cache"):
             latent.joined(5, torch.zeros(latents), torch.zeros(rotated))
 

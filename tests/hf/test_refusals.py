@@ -143,10 +143,11 @@ def test_positions_that_bias_logits() -> None:
     class Biased(nn.Module):
         layer_idx = 0
 
-    with EvictionCache(tiny("llama"), VASE) as cache, pytest.raises(UnsupportedError, match="position_bias"):
+    some = torch.zeros(1, 4, 1, 8)
+    with EvictionCache(tiny("llama"), VASE) as cache:
         cache._step = object()  # type: ignore[assignment]
-        some = torch.zeros(1, 4, 1, 8)
-        cache.attend(Biased(), lambda *a, **k: None, "sdpa", some, some, some, None, position_bias=some)
+        with pytest.raises(UnsupportedError, match="position_bias"):
+            cache.attend(Biased(), lambda *a, **k: None, "sdpa", some, some, some, None, position_bias=some)
 
 
 def test_continuous_batching_refuses_a_bound_model() -> None:
