@@ -163,7 +163,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("Glm4ForCausalLM", {"partial_rotary_factor": 0.5}),
     "cohere2": Family("Cohere2ForCausalLM", _SLIDING, notes="its global layers have no rotation"),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", {**DEEPSEEK, "topk_method": "greedy"}, notes="latent attention"),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", DEEPSEEK, notes="latent attention; Kimi-K2 is this class, too"),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", DEEPSEEK, notes="latent attention"),
     "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", DEEPSEEK, notes="latent attention"),
     "minicpm3": Family("MiniCPM3ForCausalLM", _MLA, notes="latent attention"),
     "longcat_flash": Family(

@@ -1,6 +1,6 @@
 """Multi-head latent attention: one latent a token for all heads, which a policy sees in its absorbed form.
 
-Models of this kind (DeepSeek-V2 and V3, Kimi, GLM-4.7-Flash and others) give their cache a latent and a
+Models of this kind (DeepSeek-V2 and V3, Kimi-Linear, GLM-4.7-Flash and others) give their cache a latent and a
 rotated key a token, and expand both to a key and a value a head behind it. Absorbed into the query
 instead, the expansion leaves attention as it was: one head's keys are the latents beside the rotated
 keys, and its values are the latents. So such a layer has one KV head, and one set of tokens.
