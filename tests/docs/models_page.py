@@ -35,9 +35,10 @@ def tables() -> dict[str, str]:
 def render(page: str) -> str:
     """Return the page with its tables made anew."""
     for name, table in tables().items():
-        marks = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        page, found = marks.subn(lambda match, table=table: f"{match[1]}\n{table}\n{match[2]}", page)
-        assert found == 1, f"{PAGE} has no marks for the table {name}"
+        marks = re.compile(rf"(?<=<!-- begin {name} -->\n).*(?=<!-- end {name} -->)", re.DOTALL)
+        found = marks.search(page)
+        assert found is not None, f"{PAGE} has no marks for the table {name}"
+        page = f"{page[: found.start()]}\n{table}\n{page[found.end() :]}"
     return page
 
 

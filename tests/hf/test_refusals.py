@@ -130,7 +130,12 @@ def test_a_layer_that_attends_twice() -> None:
     def twice(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs["past_key_values"]
         take, given = cache.take, []
-        cache.take = lambda *a: given.append(take(*a)) or given[-1]
+
+        def taken(*new: Any) -> Any:
+            given.append(take(*new))
+            return given[-1]
+
+        cache.take = taken
         out = inner(*args, **kwargs)
         cache.attend(attention, lambda *a, **k: (a[1], None), "sdpa", torch.zeros(1, 4, 40, 8), *given[-1], None)
         return out
