@@ -27,6 +27,8 @@ class LayerSpec:
         capacity: slots per KV head.
         dtype: of keys and values.
         device: where they live.
+        query_dim: size of a query as the window holds it, where it is not a key's.
+        values_in_keys: a value is the first ``value_dim`` numbers of its key, and takes no memory.
     """
 
     num_heads: int
@@ -36,6 +38,8 @@ class LayerSpec:
     capacity: int
     dtype: torch.dtype
     device: torch.device
+    query_dim: int | None = None
+    values_in_keys: bool = False
 
 
 @dataclass(frozen=True, eq=False)

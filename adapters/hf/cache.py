@@ -97,8 +97,7 @@ class EvictionCache(Cache, binding.Evicting):
         self.model, self.static = model, static
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
         self.policies = _checked(policy)
-        self.config = model.config.get_text_config(decoder=True)
-        self.ranks = found.ranks
+        self.sharing, self.ranks = found.sharing, found.ranks
         if static and self.ranks.size > 1:
             raise UnsupportedError(
                 "static=True of a model that is split over processes is not supported yet; leave it out"
@@ -120,7 +119,15 @@ class EvictionCache(Cache, binding.Evicting):
             **{i: "left alone by its budget" for i, plans in by_layer.items() if plans is None},
         }
         self.groups = [
-            Group(tuple(same), plans, device, len(found.layers), workspace, found.ranks)
+            Group(
+                tuple(same),
+                plans,
+                device,
+                len(found.layers),
+                workspace,
+                found.ranks,
+                {i: found.latents[i] for i in same if i in found.latents},
+            )
             for device, group in found.groups.items()
             for plans, same in _by_plan(group, by_layer).items()
         ]
@@ -138,6 +145,7 @@ class EvictionCache(Cache, binding.Evicting):
         self._ran = False
         self.last: Tensor | None = None
         self._step: Step | None = None
+        self._told: tuple[Any] | None = None
         self._failed = False
         self._decoder_binding = binding.bind(model)
         self._acquire()
@@ -209,6 +217,10 @@ class EvictionCache(Cache, binding.Evicting):
 
     # One forward pass: begin, then take and attend for each layer, then finish
 
+    def told(self, mask: Any) -> None:
+        """Remember the mask that a model around the decoder was given; it may hand on another, made of it."""
+        self._told = (mask,)
+
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step; the model's hook calls it before each forward pass."""
         if torch.compiler.is_compiling():
@@ -221,6 +233,9 @@ class EvictionCache(Cache, binding.Evicting):
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
         self._check_whole()
         self._settle()
+        told, self._told = self._told, None
+        if told is not None and isinstance(arguments.get("attention_mask"), dict):
+            arguments = {**arguments, "attention_mask": told[0]}
         if not self.columns:
             self._insist_on_one_prompt(arguments)
         self._step = open_step(self, arguments)
@@ -264,7 +279,11 @@ class EvictionCache(Cache, binding.Evicting):
         if torch.compiler.is_compiling():
             group = self._group_of[layer]
             assert group.static is not None
-            return group.static.take(group.index(layer), keys, values)
+            latent = group.latents.get(layer)
+            if latent is None:
+                return group.static.take(group.index(layer), keys, values)
+            keys = latent.joined(layer, keys, values)
+            return latent.parts(group.static.take(group.index(layer), keys, keys)[0])
         if not self._release.alive:
             raise UsageError("this EvictionCache was unbound, as its with block ended; make a new one for the model")
         if self._step is None:

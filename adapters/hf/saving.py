@@ -89,6 +89,8 @@ def _written(group: Group, store: Store, prefix: str, tensors: dict[str, Tensor]
         "at": store.window.at,
         "heads": store.spec.num_heads,
         "query_heads": store.spec.num_query_heads,
+        "query_dim": store.spec.query_dim,
+        "values_in_keys": store.spec.values_in_keys,
         "turn_nbytes": group.turn_nbytes,
         "logits": {
             str(layer): {name: value for name, value in logits.items() if name != "s_aux"}
@@ -184,7 +186,8 @@ def _read(cache: EvictionCache, group: Group, held: dict[str, Any], prefix: str,
     keys, rows = given("keys"), [Row(**row) for row in held["rows"]]
     capacity = group.capacity + cache.max_draft_tokens
     sizes = (held["heads"], held["query_heads"], keys.shape[-1], given("values").shape[-1], capacity)
-    store = cache.allocate(group, LayerSpec(*sizes, keys.dtype, group.device), rows)
+    spec = LayerSpec(*sizes, keys.dtype, group.device, held["query_dim"], held["values_in_keys"])
+    store = cache.allocate(group, spec, rows)
     used = keys.shape[3]
     store.keys[..., :used, :].copy_(keys)
     store.values[..., :used, :].copy_(given("values"))
