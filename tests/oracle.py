@@ -76,7 +76,7 @@ class Oracle:
         self.decoded = self.decoded + width if self.decoding else self.tail
         if not self.decoding and self.in_prompt:
             self.prompt = self.valid.sum(1) - self.tail
-        self.in_prompt = not self.decoding and not self.tail
+        self.in_prompt = self.in_prompt and not self.decoding and not self.tail
         if "token_type_ids" in image:
             self.together = image["token_type_ids"].bool()
         places = {} if image or self.pictures else {"position_ids": positions}
