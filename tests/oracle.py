@@ -300,6 +300,7 @@ def attention(
 def _oracle(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
     oracle = _current[-1]
     kwargs.pop("sliding_window", None)
+    kwargs.setdefault("scaling", query.shape[-1] ** -0.5)  # what attention takes where a model names none
     if module.layer_idx in oracle.evicting:
         return oracle.attend(module, query, key, value, **kwargs), None
     group, size, width = query.shape[1] // key.shape[1], key.shape[2], query.shape[2]
