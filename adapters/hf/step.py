@@ -250,8 +250,15 @@ def _kind(cache: EvictionCache, new: arguments.Arguments) -> tuple[bool, int]:
     """Return whether the new tokens are decoded, and how many at the end of a turn are."""
     drafts, end, columns = cache.max_draft_tokens, cache.prompt_length, cache.columns
     if end is None:
-        decoding = columns > 0 and new.width <= drafts + 1
-        return decoding, 0 if decoding else max(0, min(drafts, *(count - 1 for count in new.counts)))
+        if columns > 0 and new.width <= drafts + 1:
+            return True, 0
+        shortest = min(new.counts)
+        if shortest <= drafts and shortest != max(new.counts):
+            raise UsageError(
+                f"max_draft_tokens={drafts}, and a row of the padded batch brings {shortest} tokens: which of them may "
+                f"be drafts would depend on its neighbours; give more than {drafts} to every row, or leave it out"
+            )
+        return False, min(drafts, shortest - 1)
     if columns < end:
         tail = max(0, columns + new.width - end)
         if tail > drafts:
