@@ -243,3 +243,30 @@ def test_generate_methods_with_logits_to_keep() -> None:
         expected, found = both(model, ids, **GREEDY, logits_to_keep=0)
         assert torch.equal(found, expected), family
         assert torch.equal(ours(model, ids, **GREEDY, logits_to_keep=0), ours(model, ids, **GREEDY)), family
+
+
+def test_cfg_mixin() -> None:
+    """Guidance runs the bound model on a second text, with a cache of its own."""
+    model, ids = tiny("llama"), tokens(1, PROMPT)
+    for other in ({}, {"negative_prompt_ids": tokens(1, 5, 3)}):
+        expected, found = both(model, ids, **GREEDY, guidance_scale=1.5, **other)
+        assert torch.equal(found, expected)
+    alone = ours(model, ids, **GREEDY)
+    assert not torch.equal(ours(model, ids, **GREEDY, guidance_scale=3.0), alone)
+    assert torch.equal(ours(model, ids, **GREEDY), alone)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+        {"num_beams": 4, "force_words_ids": [[5]]},
+    ],
+)
+def test_modes_that_live_on_the_hub(mode: dict[str, Any]) -> None:
+    """Contrastive search, DoLa, beams in groups and under constraints are code of others now, not of ``generate()``."""
+    model = tiny("llama")
+    with EvictionCache(model, TIGHT) as cache, pytest.raises(ValueError, match="trust_remote_code"):
+        model.generate(tokens(1, PROMPT), **GREEDY, **mode, past_key_values=cache)
