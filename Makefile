@@ -6,6 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# kvpress needs an older transformers than the tests run with: an environment of its own.
+PEERS       := .venvs/peers
+PEERS_READY := $(PEERS)/.ready
+
 # The torch build is chosen before the rest, by the version that constraints.txt names.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
@@ -17,10 +21,10 @@ DEMO_PROMPT ?= Write a long, detailed guide to growing tomatoes: soil, seeds, wa
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test packaging lint types bench docs clean
+.PHONY: help demo test packaging lint types bench bench-peers docs clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== environment: $(VENV) with $(TORCH) and the development tools"
@@ -55,6 +59,17 @@ types: $(READY) ## mypy --strict and basedpyright
 bench: $(READY) ## the benchmarks (minutes)
 	@echo "== bench: python -m benchmarks"
 	@$(BIN)/python -m benchmarks
+
+$(PEERS_READY): pyproject.toml constraints.txt benchmarks/peers/constraints.txt
+	@echo "== environment: $(PEERS) with $(TORCH) and kvpress"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/peers/constraints.txt kvpress -e '.[cli]'
+	@touch $@
+
+bench-peers: $(PEERS_READY) ## beside kvpress, in an environment of its own (half an hour)
+	@echo "== bench-peers: python -m benchmarks.peers"
+	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.peers
 
 docs: $(READY) ## the documentation, into site/
 	@echo "== docs: mkdocs build --strict"

@@ -17,11 +17,12 @@ from transformers.cache_utils import Cache
 from kvpolicy import _check
 from kvpolicy.adapters.hf import binding, others, saving
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
-from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.group import Group
+from kvpolicy.adapters.hf.layer import EvictionLayer
+from kvpolicy.adapters.hf.ranks import kept_alike, said
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.adapters.hf.step import Step, open_step
-from kvpolicy.errors import BindError, UnsupportedError, UsageError
+from kvpolicy.errors import BindError, IntegrityError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan
 from kvpolicy.receipt import Receipt
 from kvpolicy.row import Row
@@ -96,7 +97,11 @@ class EvictionCache(Cache, binding.Evicting):
         self.model, self.static = model, static
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
         self.policies = _checked(policy)
-        self.config = model.config.get_text_config(decoder=True)
+        self.sharing, self.ranks = found.sharing, found.ranks
+        if static and self.ranks.size > 1:
+            raise UnsupportedError(
+                "static=True of a model that is split over processes is not supported yet; leave it out"
+            )
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
         self.options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -114,7 +119,15 @@ class EvictionCache(Cache, binding.Evicting):
             **{i: "left alone by its budget" for i, plans in by_layer.items() if plans is None},
         }
         self.groups = [
-            Group(tuple(same), plans, device, len(found.layers), workspace)
+            Group(
+                tuple(same),
+                plans,
+                device,
+                len(found.layers),
+                workspace,
+                found.ranks,
+                {i: found.latents[i] for i in same if i in found.latents},
+            )
             for device, group in found.groups.items()
             for plans, same in _by_plan(group, by_layer).items()
         ]
@@ -132,6 +145,7 @@ class EvictionCache(Cache, binding.Evicting):
         self._ran = False
         self.last: Tensor | None = None
         self._step: Step | None = None
+        self._told: tuple[Any] | None = None
         self._failed = False
         self._decoder_binding = binding.bind(model)
         self._acquire()
@@ -203,6 +217,10 @@ class EvictionCache(Cache, binding.Evicting):
 
     # One forward pass: begin, then take and attend for each layer, then finish
 
+    def told(self, mask: Any) -> None:
+        """Remember the mask that a model around the decoder was given; it may hand on another, made of it."""
+        self._told = (mask,)
+
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step; the model's hook calls it before each forward pass."""
         if torch.compiler.is_compiling():
@@ -215,6 +233,11 @@ class EvictionCache(Cache, binding.Evicting):
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
         self._check_whole()
         self._settle()
+        told, self._told = self._told, None
+        if told is not None and isinstance(arguments.get("attention_mask"), dict):
+            arguments = {**arguments, "attention_mask": told[0]}
+        if not self.columns:
+            self._insist_on_one_prompt(arguments)
         self._step = open_step(self, arguments)
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
@@ -223,6 +246,7 @@ class EvictionCache(Cache, binding.Evicting):
         """Check what a graph depends on; whatever is read here is a guard of the graph."""
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        assert tokens is not None
         if not self.static:
             raise UsageError("compiled code needs fixed shapes; write EvictionCache(..., static=True)")
         if tokens.shape[1] != 1 or self.groups[0].static is None:
@@ -254,7 +278,12 @@ class EvictionCache(Cache, binding.Evicting):
         """Take new keys and values of one layer; return what the new tokens attend to."""
         if torch.compiler.is_compiling():
             group = self._group_of[layer]
-            return group.static.take(group.index(layer), keys, values)
+            assert group.static is not None
+            latent = group.latents.get(layer)
+            if latent is None:
+                return group.static.take(group.index(layer), keys, values)
+            keys = latent.joined(layer, keys, values)
+            return latent.parts(group.static.take(group.index(layer), keys, keys)[0])
         if not self._release.alive:
             raise UsageError("this EvictionCache was unbound, as its with block ended; make a new one for the model")
         if self._step is None:
@@ -363,9 +392,8 @@ class EvictionCache(Cache, binding.Evicting):
         self._check_whole()
         for store in stores:
             store.check_crop([count] * len(store.rows))
-        for layer in self.layers:
-            if not isinstance(layer, EvictionLayer):
-                layer.crop(tokens_to_remove)
+        for layer in self._others():
+            layer.crop(tokens_to_remove)
         for store in stores:
             store.crop([count] * len(store.rows))
         self.columns -= count
@@ -376,6 +404,10 @@ class EvictionCache(Cache, binding.Evicting):
         """Evict where it is due, now that no more drafts will be taken back."""
         for group in self.groups:
             group.settle()
+
+    def _others(self) -> list[Any]:
+        """Return the layers that are left alone."""
+        return [layer for layer in self.layers if not isinstance(layer, EvictionLayer)]
 
     def activate_past_recording(self) -> None:
         """Prepare for drafts, as assisted decoding asks.
@@ -388,8 +420,8 @@ class EvictionCache(Cache, binding.Evicting):
                 "assisted and prompt-lookup decoding draft tokens and take some back, and no slots were set aside for "
                 "them; write EvictionCache(..., max_draft_tokens=20), at least as many as are drafted at once"
             )
-        for layer in self.layers:
-            if not isinstance(layer, EvictionLayer) and hasattr(layer, "activate_past_recording"):
+        for layer in self._others():
+            if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     # Copies
@@ -430,7 +462,10 @@ class EvictionCache(Cache, binding.Evicting):
         rows = [row for group in new.groups if group.store is not None for row in group.store.rows]
         for number, row in enumerate(rows):
             row.seed = row.seed if given is None else given[number % len(named)]
-        new._seeds, new._requests = [row.seed for row in rows[: len(named)]], [row.request for row in rows[: len(named)]]
+        new._seeds, new._requests = (
+            [row.seed for row in rows[: len(named)]],
+            [row.request for row in rows[: len(named)]],
+        )
         new.options = {**self.options, "seeds": new._seeds, "requests": new._requests}
         new._acquire()
         new.columns_seen = self.columns_seen.clone()
@@ -455,7 +490,10 @@ class EvictionCache(Cache, binding.Evicting):
 
         Raises:
             UsageError: no token has been seen yet, or a forward pass failed half-way.
+            UnsupportedError: the model is split over processes.
         """
+        if self.ranks.size > 1:  # the file would not say whose heads it holds
+            raise UnsupportedError("save() of a model that is split over processes is not supported yet")
         self.step()
         self._check_whole()
         self._settle()
@@ -508,11 +546,42 @@ class EvictionCache(Cache, binding.Evicting):
             nbytes=sum(store.nbytes() for store in stores),
             turn_nbytes=max(group.turn_nbytes for group in self.groups),
             window_nbytes=sum(store.window.nbytes() for store in stores),
-            other_nbytes=sum(others.nbytes(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
+            other_nbytes=sum(others.nbytes(layer) for layer in self._others()),
             layers=tuple(sorted(self._group_of)),
             skipped=self.skipped,
             kept=kept,
         )
+
+    def check_ranks(self) -> None:
+        """Check that all processes of a model with split heads did the same; every one must call it.
+
+        They compare the counters of every request. Where all heads must keep the same tokens, since
+        no stage tells heads apart or each process has all heads, they compare the kept positions,
+        too. A token that one process sampled differently does not show. One process checks nothing.
+
+        Raises:
+            IntegrityError: two processes differ, on all of them; the message says in what.
+        """
+        found: dict[str, Any] = {}
+        for group in self.groups:
+            for r, row in enumerate([] if group.store is None else group.store.rows):
+                found[f"the counters of request {r} in layer {group.layers[0]}"] = str(row)
+            for layer, number in kept_alike(self.policies, self.ranks, group.positions()).items():
+                found[f"the fingerprint of the positions that layer {layer} keeps"] = number
+        self.ranks.insist(found, IntegrityError)
+
+    def _insist_on_one_prompt(self, arguments: dict[str, Any]) -> None:
+        """Stop processes that would go separate ways, before they wait for each other for ever."""
+        if self.ranks.size == 1:
+            return
+        found: dict[str, Any] = {
+            "the policy": repr(self.policies),
+            "the plans of the layers": [(group.layers, str(group.plans)) for group in self.groups],
+            **self.options,
+        }
+        for name in ("input_ids", "inputs_embeds", "attention_mask"):
+            found[f"{name}, its shape and a fingerprint,"] = said(arguments.get(name))
+        self.ranks.insist(found, UsageError)
 
     def new_seeds(self, requests: int) -> list[tuple[int, int]]:
         """Return the name and the seed of each request of a batch.

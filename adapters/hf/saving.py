@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -60,7 +60,9 @@ def save(cache: EvictionCache, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, {_KEY: json.dumps(what)})
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, {_KEY: json.dumps(what)}
+        )
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -87,6 +89,8 @@ def _written(group: Group, store: Store, prefix: str, tensors: dict[str, Tensor]
         "at": store.window.at,
         "heads": store.spec.num_heads,
         "query_heads": store.spec.num_query_heads,
+        "query_dim": store.spec.query_dim,
+        "values_in_keys": store.spec.values_in_keys,
         "turn_nbytes": group.turn_nbytes,
         "logits": {
             str(layer): {name: value for name, value in logits.items() if name != "s_aux"}
@@ -155,7 +159,9 @@ def _policies(
 def _fill(cache: EvictionCache, path: Any, what: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     plans = [[dataclasses.asdict(plan) for plan in group.plans] for group in cache.groups]
     if plans != [held["plans"] for held in what["groups"]]:
-        raise UsageError(f"{path} was saved with {[held['plans'] for held in what['groups']]}, and the plan is now {plans}")
+        raise UsageError(
+            f"{path} was saved with {[held['plans'] for held in what['groups']]}, and the plan is now {plans}"
+        )
     if what["layers"] and what["transformers"] != transformers.__version__:
         raise UsageError(
             f"{path} holds layers of transformers {what['transformers']}, and this is {transformers.__version__}, "
@@ -163,7 +169,9 @@ def _fill(cache: EvictionCache, path: Any, what: dict[str, Any], tensors: dict[s
         )
     for number, (group, held) in enumerate(zip(cache.groups, what["groups"], strict=True)):
         group.turn_nbytes = held["turn_nbytes"]
-        group.logits = {int(layer): {**logits, "s_aux": _sinks(cache.model, int(layer))} for layer, logits in held["logits"].items()}
+        group.logits = {
+            int(layer): {**logits, "s_aux": _sinks(cache.model, int(layer))} for layer, logits in held["logits"].items()
+        }
         group.store = _read(cache, group, held, f"groups.{number}", tensors)
     for i, layer in what["layers"].items():
         others.read(cache.layers[int(i)], layer, tensors, cache.model.device)
@@ -178,7 +186,8 @@ def _read(cache: EvictionCache, group: Group, held: dict[str, Any], prefix: str,
     keys, rows = given("keys"), [Row(**row) for row in held["rows"]]
     capacity = group.capacity + cache.max_draft_tokens
     sizes = (held["heads"], held["query_heads"], keys.shape[-1], given("values").shape[-1], capacity)
-    store = cache.allocate(group, LayerSpec(*sizes, keys.dtype, group.device), rows)
+    spec = LayerSpec(*sizes, keys.dtype, group.device, held["query_dim"], held["values_in_keys"])
+    store = cache.allocate(group, spec, rows)
     used = keys.shape[3]
     store.keys[..., :used, :].copy_(keys)
     store.values[..., :used, :].copy_(given("values"))
@@ -203,7 +212,7 @@ def _sinks(model: PreTrainedModel, layer: int) -> Tensor | None:
     """Return the sink logits of a layer, which are weights of the model."""
     for module in model.modules():
         if getattr(module, "layer_idx", None) == layer and hasattr(module, "sinks"):
-            return module.sinks
+            return cast(Tensor, module.sinks)
     return None
 
 

@@ -48,6 +48,7 @@ class Step:
     _turned: dict[int, list[Row]] = field(default_factory=dict)
     _visible: dict[int, Tensor | None] = field(default_factory=dict)
     _taken: set[int] = field(default_factory=set)
+    _given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _attended: set[int] = field(default_factory=set)
 
     # What a layer does, in order
@@ -59,6 +60,14 @@ class Step:
         if layer in self._taken:
             raise UsageError(f"layer {layer} gave its keys twice in one forward pass")
         self._taken.add(layer)
+        latent = group.latents.get(layer)
+        if latent is not None:
+            keys = latent.joined(layer, keys, values)
+            values = keys[..., : latent.rank]
+        given = self._given[layer] = self._take(group, layer, keys, values)
+        return given if latent is None else latent.parts(given[0])
+
+    def _take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         store = self._store(group, layer, keys, values)
         index = group.index(layer)
         if self.decoding:
@@ -98,19 +107,28 @@ class Step:
             raise UnsupportedError(
                 f"layer {layer} has {query.shape[1]} query heads, and {store.spec.num_query_heads} were expected"
             )
+        given = self._given.pop(layer, (None, None))
+        if layer not in group.latents and not (_same(given[0], key) and _same(given[1], value)):
+            raise UnsupportedError(
+                f"layer {layer} attends twice, or to other keys and values than its cache gave it: what it does "
+                "between its cache and its attention is not known here"
+            )
+        keys, values = given
+        assert keys is not None
+        assert values is not None
         store.observe(index, query, self.counts)
         if self.decoding:
             return
         turned, old = self._turned[id(group)], store.longest
         if not _over_budget(turned, store):
-            store.append(index, key[:, :, old:], value[:, :, old:], self.counts)
+            store.append(index, keys[:, :, old:], values[:, :, old:], self.counts)
             return
-        end = key.shape[2] - self.tail
+        end = keys.shape[2] - self.tail
         counts = [count - self.tail for count in self.counts]
-        fill_from(store, index, key[:, :, :end], value[:, :, :end], counts, turned, group.logit_spec([layer]))
+        fill_from(store, index, keys[:, :, :end], values[:, :, :end], counts, turned, group.logit_spec([layer]))
         if self.tail:
             behind = [row.length for row in _cut(turned, store)]
-            store.append(index, key[:, :, end:], value[:, :, end:], [self.tail] * len(counts), behind)
+            store.append(index, keys[:, :, end:], values[:, :, end:], [self.tail] * len(counts), behind)
 
     # What happens once a forward pass and group
 
@@ -118,7 +136,7 @@ class Step:
         """Return the store of a layer, allocated when its group's first layer runs."""
         shape = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
         if group.store is None:
-            group.store = self._allocated(group, *shape)
+            group.store = self._allocated(group, layer, *shape)
         spec = group.store.spec
         known = (spec.num_heads, spec.head_dim, spec.value_dim, spec.dtype, spec.device)
         if shape != known:
@@ -131,12 +149,16 @@ class Step:
         return group.store
 
     def _allocated(
-        self, group: Group, heads: int, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+        self, group: Group, layer: int, heads: int, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
     ) -> Store:
-        cache, config = self.cache, self.cache.config
-        each = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
+        cache, latent = self.cache, group.latents.get(layer)
         capacity = group.capacity + cache.max_draft_tokens
-        spec = LayerSpec(heads, heads * each, dim, value_dim, capacity, dtype, device)
+        if latent is None:
+            spec = LayerSpec(heads, heads * cache.sharing.get(layer, 1), dim, value_dim, capacity, dtype, device)
+        else:
+            sizes = (heads, latent.heads, dim, value_dim, capacity)
+            query_dim = latent.plain + dim - latent.rank
+            spec = LayerSpec(*sizes, dtype, device, query_dim=query_dim, values_in_keys=True)
         rows = [Row(request=request, seed=seed) for request, seed in cache.new_seeds(len(self.counts))]
         return cache.allocate(group, spec, rows)
 

@@ -14,6 +14,7 @@ from tests.hf.zoo import zoo
 PLENTY = zoo(200)["vase"]  #: a budget beyond every length here
 TIGHT = zoo(24)["vase"]  #: a budget that every prompt of 30 tokens exceeds
 PROMPT, NEW = 30, 24
+SIX = ["llama", "qwen3", "mistral", "gemma3", "gpt_oss", "qwen3_next"]  #: families of each kind of layers
 
 Pick = Callable[[Tensor], Tensor]
 

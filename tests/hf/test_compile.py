@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers.generation import CompileConfig
+from transformers.generation.configuration_utils import CompileConfig
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import EvictionCache
@@ -39,7 +39,8 @@ def decode(
     with torch.no_grad(), EvictionCache(model, policy, static=static) as cache:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(prompts, attention_mask=mask, position_ids=positions, past_key_values=cache)
-        logits, position, addresses = [out.logits[:, -1]], positions[:, -1:] + 1, None
+        logits, position = [out.logits[:, -1]], positions[:, -1:] + 1
+        addresses: list[list[int]] = []
         for token in text.split(1, 1):
             options = {} if static else {"attention_mask": (mask := torch.cat([mask, torch.ones_like(token)], 1))}
             out = call(token.clone(), position_ids=position.clone(), past_key_values=cache, **options)
@@ -47,8 +48,8 @@ def decode(
             logits.append(out.logits[:, -1].clone())
             position = position + 1
             here = [t.data_ptr() for group in cache.groups for t in group.store.tensors()]
-            assert addresses in (None, here)
-            addresses = here
+            assert not addresses or addresses == [here]
+            addresses = [here]
         return torch.stack(logits, 1), cache.receipt()
 
 
@@ -98,7 +99,7 @@ def test_rows_of_different_policies_compile_too() -> None:
 
 def compile_config(backend: str) -> CompileConfig:
     config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # type: ignore[assignment]
     return config
 
 

@@ -34,9 +34,7 @@ def go_on(model: Any, cache: EvictionCache, mask: Tensor, new: Tensor) -> tuple[
     for token in new.split(1, 1):
         mask = torch.cat([mask, torch.ones_like(token)], 1)
         positions = (mask.cumsum(1) - 1)[:, -1:]
-        logits.append(
-            model(token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
-        )
+        logits.append(model(token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1])
     return torch.stack(logits, 1), mask
 
 
@@ -211,7 +209,7 @@ def test_what_cannot_be_forked() -> None:
         begin(model, cache)
         for named in ([], [3], [-1], [0.5]):
             with pytest.raises(UsageError, match="name some of them by their rows"):
-                cache.fork(named)  # type: ignore[arg-type]
+                cache.fork(named)
         with pytest.raises(UsageError, match="seeds names 2 requests, and the fork has 3 rows"):
             cache.fork([0, 1, 2], seeds=[1, 2])
     with pytest.raises(UsageError, match="fork it before its with block ends"):

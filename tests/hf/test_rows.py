@@ -49,9 +49,7 @@ def together(
         logits, ids = [], prompts
         for step in range(text.shape[1] + 1):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            logits.append(
-                model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
-            )
+            logits.append(model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1])
             if step < text.shape[1]:
                 ids, mask = text[:, step : step + 1], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         for group in cache.groups:
@@ -100,7 +98,9 @@ def test_several_turns_and_a_prompt_beyond_the_capacity() -> None:
     alone = []
     for r, policy in enumerate(policies):
         with EvictionCache(model, policy) as cache:
-            alone.append(torch.cat([model(x, past_key_values=cache).logits[:, -1] for x in ids[r : r + 1].split(turns, 1)]))
+            alone.append(
+                torch.cat([model(x, past_key_values=cache).logits[:, -1] for x in ids[r : r + 1].split(turns, 1)])
+            )
     with EvictionCache(model, policies) as cache:
         found = torch.stack([model(x, past_key_values=cache).logits[:, -1] for x in ids.split(turns, 1)], 1)
         cache.reset()
@@ -114,9 +114,7 @@ def test_generate_takes_one_policy_a_row() -> None:
     ids = torch.randint(2, 97, (4, 40), generator=torch.Generator().manual_seed(3))
     with EvictionCache(model, policies) as cache:
         found = model.generate(ids, max_new_tokens=30, do_sample=False, past_key_values=cache)
-        assert cache.receipt().slots == tuple(
-            min(slots, 69) for slots in (24 + 5, 40 + 5, 20 + 5, 24 + 5)
-        )
+        assert cache.receipt().slots == tuple(min(slots, 69) for slots in (24 + 5, 40 + 5, 20 + 5, 24 + 5))
     for r, policy in enumerate(policies):
         with EvictionCache(model, policy) as cache:
             alone = model.generate(ids[r : r + 1], max_new_tokens=30, do_sample=False, past_key_values=cache)

@@ -16,13 +16,13 @@ from transformers import CompileConfig, DynamicCache
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import EvictionCache
-from tests.hf.plain import NEW, PLENTY, PROMPT, TIGHT, both, loop, ours, tokens
-from tests.models import FAMILIES, tiny
+from tests.hf.plain import NEW, PLENTY, PROMPT, SIX, TIGHT, both, loop, ours, tokens
+from tests.models import tiny
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
-FULL_ONLY = [family for family in FAMILIES if family not in ("gemma3", "gpt_oss")]
+FULL_ONLY = [family for family in SIX if family not in ("gemma3", "gpt_oss")]
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", SIX)
 
 
 def ones(ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -155,7 +155,7 @@ def test_custom_4d_attention_mask() -> None:
         model(ids, attention_mask=(1 - mask)[None, None] * torch.finfo(torch.float32).min, past_key_values=cache)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt_oss"])  # which has no sdpa
+@pytest.mark.parametrize("family", [family for family in SIX if family != "gpt_oss"])  # which has no sdpa
 def test_eager_matches_sdpa_generate(family: str) -> None:
     model, ids, found = tiny(family), tokens(2, PROMPT), []
     for implementation in ("sdpa", "eager"):

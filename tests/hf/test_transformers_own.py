@@ -14,17 +14,17 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import EvictionCache
-from tests.hf.plain import NEW, PLENTY, PROMPT, TIGHT, both, greedy, log_probs, loop, ours, tokens
-from tests.models import FAMILIES, tiny
+from tests.hf.plain import NEW, PLENTY, PROMPT, SIX, TIGHT, both, greedy, log_probs, loop, ours, tokens
+from tests.models import tiny
 
 ALL: dict[str, Any] = {"output_scores": True, "output_logits": True, "output_hidden_states": True}
 ALL["return_dict_in_generate"] = True
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
 SAMPLE: dict[str, Any] = {"do_sample": True, "top_k": 0, "temperature": 0.8, "max_new_tokens": NEW}
 BEAMS: dict[str, Any] = {"num_beams": 3, "length_penalty": 0.0, "max_new_tokens": NEW}
-DRAFTING = [family for family in FAMILIES if family != "qwen3_next"]  # generate() drafts for no stateful model
+DRAFTING = [family for family in SIX if family != "qwen3_next"]  # generate() drafts for no stateful model
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", SIX)
 
 
 def same(found: Any, expected: Any, within: float = 1e-5) -> None:
@@ -99,7 +99,7 @@ def test_sample_generate_dict_output(family: str) -> None:
 
 
 def test_generate_without_input_ids() -> None:
-    for family in FAMILIES:
+    for family in SIX:
         expected, found = both(tiny(family), **GREEDY)
         assert torch.equal(found, expected), family
 
@@ -238,7 +238,7 @@ def test_per_row_stopping_criteria() -> None:
 
 
 def test_generate_methods_with_logits_to_keep() -> None:
-    for family in FAMILIES:
+    for family in SIX:
         model, ids = tiny(family), tokens(2, PROMPT)
         expected, found = both(model, ids, **GREEDY, logits_to_keep=0)
         assert torch.equal(found, expected), family
