@@ -363,10 +363,8 @@ class Store:
     def _copy_rows(self, source: Store, requests: Sequence[int]) -> None:
         """Replace the tensors of every row by those of the rows that are named of a store, which may be this one."""
         at = torch.tensor(list(requests), device=self.spec.device)
-        pairs = zip(
-            (*self.arenas, self.positions, self.order), (*source.arenas, source.positions, source.order), strict=True
-        )
-        for mine, theirs in pairs:
+        slots = [(*store.arenas, store.positions, store.order) for store in (self, source)]
+        for mine, theirs in zip(*slots, strict=True):
             mine.copy_(theirs.index_select(1, at))
         layers = len(self.layers)
         _by_layer(self.broken, layers).copy_(_by_layer(source.broken, layers).index_select(1, at))

@@ -181,3 +181,9 @@ FAMILIES: dict[str, Family] = {
         notes="latent attention",
     ),
 }
+
+#: One family of each kind of cache: full, with sliding or linear layers, sink logits, latents.
+KINDS = ("llama", "gemma3", "gpt_oss", "qwen3_next", "deepseek_v3")
+
+#: How far logits of two right ways may differ: some layers compute in float32 whatever the model's dtype.
+ROUNDING = {"qwen3_next": 1e-6, "deepseek_v3": 1e-7}

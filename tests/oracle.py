@@ -76,7 +76,7 @@ class Oracle:
         self.decoded = self.decoded + width if self.decoding else self.tail
         if not self.decoding and self.in_prompt:
             self.prompt = self.valid.sum(1) - self.tail
-        self.in_prompt = not self.decoding and not self.tail
+        self.in_prompt = self.in_prompt and not self.decoding and not self.tail
         if "token_type_ids" in image:
             self.together = image["token_type_ids"].bool()
         places = {} if image or self.pictures else {"position_ids": positions}
@@ -300,6 +300,7 @@ def attention(
 def _oracle(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
     oracle = _current[-1]
     kwargs.pop("sliding_window", None)
+    kwargs.setdefault("scaling", query.shape[-1] ** -0.5)  # what attention takes where a model names none
     if module.layer_idx in oracle.evicting:
         return oracle.attend(module, query, key, value, **kwargs), None
     group, size, width = query.shape[1] // key.shape[1], key.shape[2], query.shape[2]

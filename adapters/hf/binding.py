@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from kvpolicy.adapters.hf import compat
 from kvpolicy.adapters.hf.attention import CACHE, SUPPORTED, register
 from kvpolicy.adapters.hf.latent import Latent, latents_of
 from kvpolicy.adapters.hf.ranks import Ranks, ranks_of
@@ -74,7 +75,7 @@ def survey(model: nn.Module, *, static: bool = False) -> Survey:
         raise UnsupportedError(
             f"{name} has layers that attend to the keys of another layer (KV sharing), which is not supported yet"
         )
-    decoder = _decoder_of(model)
+    decoder = compat.decoder_of(model)
     if not decoder._can_set_attn_implementation():
         raise UnsupportedError(
             f"{type(decoder).__name__} does not take its attention from transformers' AttentionInterface, as old "
@@ -86,6 +87,9 @@ def survey(model: nn.Module, *, static: bool = False) -> Survey:
             "its own, or does not attend at all; only causal decoders are supported"
         )
     layers = list(DynamicCache(config=config).layers)
+    why = compat.unfit(decoder, config, layers)
+    if why is not None:
+        raise UnsupportedError(f"{name}: {why}; kvpolicy extends DynamicCache, which other versions may use for it")
     evicting = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     skipped = {i: type(layer).__name__ for i, layer in enumerate(layers) if i not in evicting}
     if static:  # layers allocate when the first tokens come, so those that evict never do
@@ -176,7 +180,7 @@ def bind(model: PreTrainedModel) -> Binding:
     Raises:
         UnsupportedError: the model uses an attention that evicting layers cannot stand in for.
     """
-    decoder = _decoder_of(model)
+    decoder = compat.decoder_of(model)
     binding = _bindings.get(decoder)
     if binding is None or binding.users == 0:
         original = decoder.config._attn_implementation
@@ -190,11 +194,6 @@ def bind(model: PreTrainedModel) -> Binding:
         around = model.base_model
         binding = _bindings[decoder] = Binding(decoder, original, None if around is decoder else around)
     return binding
-
-
-def _decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    decoder = model.get_decoder()
-    return model if decoder is None else decoder
 
 
 def _passes_keywords(function: Any) -> bool:
@@ -211,23 +210,24 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     arguments = _arguments(module, args, kwargs)
-    cache = arguments.get("past_key_values")
-    if not isinstance(cache, Evicting):
-        if arguments.get("cache") is not None:
-            raise UnsupportedError(
-                "continuous batching (generate_batch) keeps keys in pages of its own, where nothing is evicted; "
-                "unbind() the EvictionCache, or call generate() with past_key_values=cache"
-            )
-        return None
-    cache.begin(module, arguments)
-    return args, {**kwargs, CACHE: cache}
+    caches = compat.caches_of(arguments)
+    for cache in caches:
+        if isinstance(cache, Evicting):
+            cache.begin(module, arguments)
+            return args, {**kwargs, CACHE: cache}
+    if not all(isinstance(cache, Cache) for cache in caches):
+        raise UnsupportedError(
+            "continuous batching (generate_batch) keeps keys in pages of its own, where nothing is evicted; "
+            "unbind() the EvictionCache, or give it to generate()"
+        )
+    return None
 
 
 def _around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = _arguments(module, args, kwargs)
-    cache = arguments.get("past_key_values")
-    if isinstance(cache, Evicting):
-        cache.told(arguments.get("attention_mask"))
+    for cache in compat.caches_of(arguments):
+        if isinstance(cache, Evicting):
+            cache.told(arguments.get("attention_mask"))
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

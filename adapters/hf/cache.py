@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvpolicy import _check
-from kvpolicy.adapters.hf import binding, others, saving
+from kvpolicy.adapters.hf import binding, compat, others, saving
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
@@ -35,6 +35,7 @@ __all__ = ["EvictionCache"]
 _OFFERS = frozenset({"queries", "every_query", "cross_heads"})
 
 
+@compat.guarded
 class EvictionCache(Cache, binding.Evicting):
     """Keep a fixed number of key-value pairs for each head, and forget the rest as a policy says.
 
@@ -89,9 +90,12 @@ class EvictionCache(Cache, binding.Evicting):
         requests: Sequence[int] | None = None,
         workspace: int = DEFAULT_WORKSPACE,
     ) -> None:
+        compat.check_version()
         found = binding.survey(model, static=static)
         _check.integer("EvictionCache", "workspace", workspace, 1)
         _check.integer("EvictionCache", "max_draft_tokens", max_draft_tokens, 0)
+        compat.check_drafts(max_draft_tokens)
+        compat.check_static(static)
         if prompt_length is not None:
             _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
         self.model, self.static = model, static
@@ -385,15 +389,16 @@ class EvictionCache(Cache, binding.Evicting):
             UsageError: tokens so old that some heads have evicted some of them; nothing was changed.
         """
         self.step()
-        count = self.columns - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         stores = [group.store for group in self.groups if group.store is not None]
         if not stores:
             raise UsageError(f"crop({tokens_to_remove}): no token has been seen yet")
+        count = compat.tokens_to_remove(self.columns, tokens_to_remove, to_length=True)
         self._check_whole()
         for store in stores:
             store.check_crop([count] * len(store.rows))
         for layer in self._others():
-            layer.crop(tokens_to_remove)
+            if count or compat.ANNOUNCES_DRAFTS:
+                layer.crop(-count)  # what was recorded for drafts is trimmed also where none goes
         for store in stores:
             store.crop([count] * len(store.rows))
         self.columns -= count

@@ -221,14 +221,14 @@ def _fingerprint(model: PreTrainedModel) -> dict[str, str]:
     config = model.config.get_text_config(decoder=True)
     names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "layer_types",
              "sliding_window", "rope_theta", "rope_scaling", "rope_parameters", "head_dim")  # fmt: skip
-    digest = hashlib.sha256()
+    given, digest = config.to_dict(), hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // 64)].to(torch.float32).cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     return {
         "class": type(model).__name__,
-        "configuration": json.dumps({name: getattr(config, name, None) for name in names}, default=str),
+        "configuration": json.dumps({name: given.get(name) for name in names}, default=str),
         "dtype": str(model.dtype),
         "weights": digest.hexdigest(),
     }

@@ -215,6 +215,11 @@ class Step:
         return before, not filled
 
 
+def _same(given: Tensor | None, used: Tensor) -> bool:
+    """Return whether attention uses what the cache gave; the tensor itself in all but a few models."""
+    return given is used or (given is not None and given.dtype == used.dtype and torch.equal(given, used))
+
+
 def _over_budget(rows: Sequence[Row], store: Store) -> bool:
     return any(row.length > plan.budget for row, plan in zip(rows, store.plans, strict=True))
 

@@ -9,6 +9,7 @@ import torch
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import EvictionCache
+from kvpolicy.adapters.hf.compat import VERSION
 from tests.hf.zoo import zoo
 from tests.models import tiny
 from tests.oracle import Oracle
@@ -41,6 +42,7 @@ def test_generate_in_chunks_is_the_stock_where_nothing_is_evicted() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.skipif(VERSION[0] == "4", reason="transformers 4 decodes the last token of a chunked prompt")
 def test_generate_in_chunks_evicts_between_them() -> None:
     model, ids, policy = tiny("llama", torch.float64), tokens(2, 100), zoo(24)["vase"]
     with EvictionCache(model, policy) as cache:

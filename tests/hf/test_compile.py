@@ -13,9 +13,10 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import EvictionCache
+from tests.families import KINDS
 from tests.hf.test_oracle import padded
 from tests.hf.zoo import zoo
-from tests.models import FAMILIES, real, tiny, tokenizer
+from tests.models import real, tiny, tokenizer
 
 LENGTHS = [40, 33, 9]
 
@@ -53,7 +54,7 @@ def decode(
         return torch.stack(logits, 1), cache.receipt()
 
 
-FULL_ONLY = [family for family in FAMILIES if family not in ("gemma3", "gpt_oss", "gemma2")]
+FULL_ONLY = [family for family in KINDS if family not in ("gemma3", "gpt_oss")]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_one_graph_and_no_other_over_200_tokens(family: str, name: str) -> None:
         assert torch.equal(compiled_receipt.positions(layer), receipt.positions(layer))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FULL_ONLY])
+@pytest.mark.parametrize("family", [family for family in KINDS if family not in FULL_ONLY])
 def test_sliding_layers_count_on_the_host_and_take_few_graphs(family: str) -> None:
     model, policy = tiny(family), zoo(24)["vase"]
     prompts, mask = padded([40, 40], 97)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from kvpolicy import Constant, Keep, Policy, Recency, State, Stochastic, TopK, UsageError, View
 from kvpolicy.adapters.hf import EvictionCache
+from tests.families import KINDS
 from tests.hf.test_oracle import padded
 from tests.hf.zoo import zoo
-from tests.models import FAMILIES, real, tiny, tokenizer
+from tests.models import real, tiny, tokenizer
 
 ZOO = zoo(24)
-CASES = [*(("llama", name) for name in ZOO), *((family, "vase") for family in FAMILIES if family != "llama")]
+CASES = [*(("llama", name) for name in ZOO), *((family, "vase") for family in KINDS if family != "llama")]
 
 
 def begin(model: Any, cache: EvictionCache, later: int = 12) -> Tensor:
