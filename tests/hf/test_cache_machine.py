@@ -47,9 +47,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     cache: EvictionCache
 
-    @initialize(
-        rows=st.integers(1, 3), drafts=st.sampled_from([0, 0, 2] if ANNOUNCES_DRAFTS else [0]), data=st.data()
-    )
+    @initialize(rows=st.integers(1, 3), drafts=st.sampled_from([0, 0, 2] if ANNOUNCES_DRAFTS else [0]), data=st.data())
     def begin(self, rows: int, drafts: int, data: st.DataObject) -> None:
         self.policies: list[Policy] = [data.draw(st.sampled_from(POLICIES)) for _ in range(rows)]
         self.seeds = [data.draw(st.integers(0, 2)) for _ in range(rows)]
@@ -111,7 +109,9 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def reorder(self, data: st.DataObject) -> None:
-        alike = [[r for r, other in enumerate(self.policies) if self._same_band(r, row)] for row in range(len(self.policies))]
+        alike = [
+            [r for r, other in enumerate(self.policies) if self._same_band(r, row)] for row in range(len(self.policies))
+        ]
         named = [data.draw(st.sampled_from(rows)) for rows in alike]
         self.cache.reorder_cache(torch.tensor(named))
         self._renamed(named)
@@ -210,6 +210,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCache = CacheMachine.TestCase
 THOROUGH = os.environ.get("KVPOLICY_HYPOTHESIS") == "thorough"
-TestCache.settings = settings(
-    max_examples=10_000 if THOROUGH else 60, stateful_step_count=15, deadline=None
-)
+TestCache.settings = settings(max_examples=10_000 if THOROUGH else 60, stateful_step_count=15, deadline=None)
