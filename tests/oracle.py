@@ -70,7 +70,7 @@ class Oracle:
         self.decoded = self.decoded + width if self.decoding else self.tail
         if not self.decoding and self.in_prompt:
             self.prompt = self.valid.sum(1) - self.tail
-        self.in_prompt = not self.decoding and not self.tail
+        self.in_prompt = self.in_prompt and not self.decoding and not self.tail
         before, original = self.model.get_decoder(), self.model.config._attn_implementation
         before.set_attn_implementation("oracle")
         _current.append(self)

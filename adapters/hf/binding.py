@@ -56,7 +56,10 @@ def survey(model: nn.Module, *, static: bool = False) -> Survey:
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedError(f"{name} caches latents (multi-head latent attention), which is not supported yet")
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
-        raise UnsupportedError(f"{name} attends in both directions; only decoders are supported")
+        raise UnsupportedError(
+            f"{name} attends in both directions, or its attention does not use transformers' AttentionInterface; "
+            "only decoders that do are supported"
+        )
     layers = list(DynamicCache(config=config).layers)
     evicting = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     skipped = {i: type(layer).__name__ for i, layer in enumerate(layers) if i not in evicting}
@@ -96,9 +99,20 @@ class Binding:
     handles: list[Any] = field(default_factory=list)
 
     def acquire(self) -> None:
-        """Count one more cache, and bind for the first."""
+        """Count one more cache, and bind for the first.
+
+        Raises:
+            UnsupportedError: the model's attention cannot be chosen.
+        """
         if self.users == 0:
-            self.decoder.set_attn_implementation(register(self.original))
+            name = register(self.original)
+            self.decoder.set_attn_implementation(name)
+            if self.decoder.config._attn_implementation != name:  # transformers only warns
+                _bindings.pop(self.decoder, None)
+                raise UnsupportedError(
+                    f"{type(self.decoder).__name__} has an attention of its own, which does not use transformers' "
+                    "AttentionInterface"
+                )
             self.handles = [
                 self.decoder.register_forward_pre_hook(_before, with_kwargs=True),
                 self.decoder.register_forward_hook(_after, with_kwargs=True),

@@ -47,7 +47,7 @@ class Step:
     last: Tensor | None = None
     _turned: dict[int, list[Row]] = field(default_factory=dict)
     _visible: dict[int, Tensor | None] = field(default_factory=dict)
-    _taken: set[int] = field(default_factory=set)
+    _taken: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
     _attended: set[int] = field(default_factory=set)
 
     # What a layer does, in order
@@ -58,18 +58,19 @@ class Step:
             raise UsageError("slots carry no gradients: run the model under torch.no_grad()")
         if layer in self._taken:
             raise UsageError(f"layer {layer} gave its keys twice in one forward pass")
-        self._taken.add(layer)
         store = self._store(group, layer, keys, values)
         index = group.index(layer)
         if self.decoding:
             store.append(index, keys, values, self.counts)
             end = store.longest + self.width
-            return store.keys[index, :, :, :end], store.values[index, :, :, :end]
-        if store.longest:
-            held = slice(0, store.longest)
-            keys = torch.cat([store.keys[index, :, :, held], keys], 2)
-            values = torch.cat([store.values[index, :, :, held], values], 2)
-        group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + values.nbytes)
+            keys, values = store.keys[index, :, :, :end], store.values[index, :, :, :end]
+        else:
+            if store.longest:
+                held = slice(0, store.longest)
+                keys = torch.cat([store.keys[index, :, :, held], keys], 2)
+                values = torch.cat([store.values[index, :, :, held], values], 2)
+            group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + values.nbytes)
+        self._taken[layer] = keys, values
         return keys, values
 
     def visible(self, group: Group) -> Tensor | None:
@@ -92,6 +93,7 @@ class Step:
         """Remember the queries of one layer, and put a turn's tokens into its slots."""
         store, index = group.store, group.index(layer)
         assert store is not None
+        self._check_unchanged(layer, key, value)
         self._attended.add(layer)
         group.logits[layer] = {name: logits.get(name) for name in ("scaling", "softcap", "s_aux")}
         if query.shape[1] != store.spec.num_query_heads:
@@ -111,6 +113,20 @@ class Step:
         if self.tail:
             behind = [row.length for row in _cut(turned, store)]
             store.append(index, key[:, :, end:], value[:, :, end:], [self.tail] * len(counts), behind)
+
+    def _check_unchanged(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Refuse a layer that attends to anything but what its cache gave it, once a forward pass.
+
+        Scorers and slots would see other keys and values than attention does.
+        """
+        given, self._taken[layer] = self._taken[layer], None  # a prompt's keys are freed layer by layer
+        if given is None:
+            raise UnsupportedError(f"layer {layer} attends twice in one forward pass, which is not supported yet")
+        for name, one, other in (("keys", key, given[0]), ("values", value, given[1])):
+            if one.shape != other.shape or one.data_ptr() != other.data_ptr():
+                raise UnsupportedError(
+                    f"layer {layer} changes its {name} between the cache and attention, which is not supported yet"
+                )
 
     # What happens once a forward pass and group
 
@@ -174,8 +190,8 @@ class Step:
             missing = set(group.layers) - self._attended
             if missing or group.store is None:
                 raise UsageError(
-                    f"layer {min(missing)} did not attend through kvpolicy in this forward pass; "
-                    "was set_attn_implementation() called while the cache was bound?"
+                    f"layer {min(missing)} did not attend through kvpolicy in this forward pass: its attention does not "
+                    "use transformers' AttentionInterface, or set_attn_implementation() was called while it was bound"
                 )
             before, turn = self._advance(group, group.store)
             if self.cache.max_draft_tokens:
