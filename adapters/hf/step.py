@@ -190,8 +190,8 @@ class Step:
             missing = set(group.layers) - self._attended
             if missing or group.store is None:
                 raise UsageError(
-                    f"layer {min(missing)} did not attend through kvpolicy in this forward pass: its attention does not "
-                    "use transformers' AttentionInterface, or set_attn_implementation() was called while it was bound"
+                    f"layer {min(missing)} did not attend through kvpolicy in this forward pass: its attention does "
+                    "not use transformers' AttentionInterface, or set_attn_implementation() was called while bound"
                 )
             before, turn = self._advance(group, group.store)
             if self.cache.max_draft_tokens:

@@ -156,7 +156,7 @@ def test_continuous_batching_is_refused_while_bound(attention: str) -> None:
     model, ids = tiny("llama"), tokens(1, 30)
     model.set_attn_implementation(attention)
     config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=96, pad_token_id=0)
-    with EvictionCache(model, ZOO["vase"]), pytest.raises(ValueError, match="kvpolicy.* is not supported for contin"):
+    with EvictionCache(model, ZOO["vase"]), pytest.raises(ValueError, match=r"kvpolicy.* is not supported for contin"):
         model.generate_batch([ids[0].tolist()], generation_config=config)
 
 
