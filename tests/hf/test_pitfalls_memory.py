@@ -94,19 +94,26 @@ config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hi
 model = LlamaForCausalLM(config)
 model.generate(input_ids=model.dummy_inputs["input_ids"], max_new_tokens=2)
 import kvpolicy.policies
-modules, interfaces = ours(), transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
-before, known = fingerprint(modules), set(interfaces)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+def registered():
+    return {(of, name): id(table[name]) for of, table in enumerate((functions, masks)) for name in table}
+
+modules = ours()
+before, known = fingerprint(modules), registered()
 import kvpolicy.adapters.hf
 after = fingerprint(modules)
 changed = sorted(str(name) for name in before if before[name] != after.get(name))
 assert not changed, changed
-assert set(interfaces) == known
+assert registered() == known
 with kvpolicy.adapters.hf.EvictionCache(model, kvpolicy.policies.vase(128)):
     pass
 after = fingerprint(modules)
 changed = sorted(str(name) for name in before if before[name] != after.get(name))
 assert not changed, changed
-assert set(interfaces) - known == {"kvpolicy"}
+assert known.items() <= registered().items()
+assert registered().keys() - known.keys() == {(0, "kvpolicy"), (1, "kvpolicy")}
 """
 
 
