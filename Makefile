@@ -6,21 +6,37 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# kvpress needs an older transformers than the tests run with: an environment of its own.
+PEERS       := .venvs/peers
+PEERS_READY := $(PEERS)/.ready
+
 # The torch build is chosen before the rest, by the version that constraints.txt names.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 COV    ?=
 
+# The transformers that the adapter is tested on: what adapters/hf/compat.py lists, but the pinned one,
+# which `make test` runs; and the newest on PyPI within pyproject.toml's range.
+TESTED   := $(or $(shell sed -n 's/^TESTED = (\(.*\))$$/\1/p' adapters/hf/compat.py | tr -d '",'), \
+              $(error adapters/hf/compat.py has no line TESTED = (...)))
+PINNED   := $(shell sed -n 's/^transformers==//p' constraints.txt)
+RANGE    := $(shell sed -n 's/^hf = \["\(transformers[^"]*\)".*/\1/p' pyproject.toml)
+NEWEST    = $(shell $(BIN)/python -m pip install -q --disable-pip-version-check --dry-run --ignore-installed --no-deps \
+              --report - '$(RANGE)' | $(BIN)/python -c \
+              'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])')
+VERSIONS  = $(sort $(filter-out $(PINNED),$(TESTED) $(or $(NEWEST),$(error PyPI does not say which transformers is \
+              the newest: write make test-versions NEWEST=VERSION))))
+
 DEMO_POLICY ?= ValueGuard() >> Stochastic(1.0) >> TopK(256)
 DEMO_PROMPT ?= Write a long, detailed guide to growing tomatoes: soil, seeds, watering, pruning, pests, harvest and storage.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test packaging lint types bench docs clean
+.PHONY: help demo test test-versions packaging lint types bench bench-peers docs clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== environment: $(VENV) with $(TORCH) and the development tools"
@@ -37,6 +53,24 @@ test: $(READY) ## unit tests, then doctests (COV=1 adds coverage)
 	@echo "== test: tests/ on two workers, then the examples in the docstrings"
 	@$(PYTEST) -n 2 $(if $(COV),--cov --cov-report=)
 	@$(PYTEST) --doctest-modules --doctest-ignore-import-errors $(if $(COV),--cov --cov-append) kvpolicy
+
+# Own: transformers and what it asks for in other versions. All else, torch above all, is what .venv has.
+.venvs/transformers-%/.ready: $(READY)
+	@echo "== environment: $(@D)"
+	@$(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check transformers==$*
+	@touch $@
+
+test-versions: $(READY) ## the transformers adapter on other versions of transformers
+	@for version in $(VERSIONS); do \
+		$(MAKE) -s --no-print-directory .venvs/transformers-$$version/.ready || exit; \
+		echo "== test-versions: transformers $$version"; \
+		OMP_NUM_THREADS=1 .venvs/transformers-$$version/bin/python -m pytest -n 2 -q -m versions \
+			-W "ignore:kvpolicy was tested with transformers" tests/hf || exit; \
+		case " $(TESTED) " in *" $$version "*) ;; *) echo "== $$version is new and passes: list it in compat.py";; esac; \
+	done
 
 packaging: $(READY) ## build, install into empty environments, import everything
 	@echo "== packaging: sdist, wheel, empty environments, checkouts without symbolic links"
@@ -55,6 +89,17 @@ types: $(READY) ## mypy --strict and basedpyright
 bench: $(READY) ## the benchmarks (minutes)
 	@echo "== bench: python -m benchmarks"
 	@$(BIN)/python -m benchmarks
+
+$(PEERS_READY): pyproject.toml constraints.txt benchmarks/peers/constraints.txt
+	@echo "== environment: $(PEERS) with $(TORCH) and kvpress"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/peers/constraints.txt kvpress -e '.[cli]'
+	@touch $@
+
+bench-peers: $(PEERS_READY) ## beside kvpress, in an environment of its own (half an hour)
+	@echo "== bench-peers: python -m benchmarks.peers"
+	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.peers
 
 docs: $(READY) ## the documentation, into site/
 	@echo "== docs: mkdocs build --strict"

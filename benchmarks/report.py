@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.timing import Ratio
 
-__all__ = ["Section", "Target", "environment", "show", "write_json"]
+__all__ = ["Section", "Target", "environment", "show", "text", "write_json"]
 
 Cell = str | int | float | Ratio
 
@@ -66,9 +68,10 @@ class Section:
         return {"title": self.title, "rows": rows, "targets": targets}
 
 
-def _text(cell: Cell) -> str:
+def text(cell: Cell) -> str:
+    """Return a cell as tables show it."""
     if isinstance(cell, Ratio):
-        return f"{_text(cell.median)} ({_text(cell.low)}–{_text(cell.high)})"
+        return f"{text(cell.median)} ({text(cell.low)}–{text(cell.high)})"
     if isinstance(cell, float):
         return f"{cell:.3f}" if abs(cell) < 10 else f"{cell:.1f}"
     return str(cell)
@@ -80,16 +83,16 @@ def show(section: Section, console: Console) -> None:
     for number, name in enumerate(section.columns):
         table.add_column(name, justify="right" if number else "left")
     for row in section.rows:
-        table.add_row(*map(_text, row))
+        table.add_row(*map(text, row))
     console.print(table)
     for target in section.targets:
         verdict = "[green]holds[/]" if target.holds else "[red]missed[/]"
-        console.print(f"  {verdict}  {target.what}: {_text(target.value)}, at most {_text(target.at_most)}")
+        console.print(f"  {verdict}  {target.what}: {text(target.value)}, at most {text(target.at_most)}")
     console.print()
 
 
-def environment() -> dict[str, Any]:
-    """Return versions, machine and date."""
+def environment(*packages: str) -> dict[str, Any]:
+    """Return versions, those of further packages among them, machine and date."""
     import transformers
 
     import kvpolicy
@@ -99,6 +102,7 @@ def environment() -> dict[str, Any]:
         "kvpolicy": kvpolicy.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {_processor()}, {platform.system()} {platform.release()}",
         "threads": torch.get_num_threads(),
@@ -114,10 +118,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_json(path: Path, sections: list[Section], options: dict[str, Any]) -> None:
-    """Write everything to a file."""
+def write_json(path: Path, sections: list[Section], options: dict[str, Any], packages: Sequence[str] = ()) -> None:
+    """Write everything to a file, with the versions of further packages."""
     found = {
-        "environment": environment(),
+        "environment": environment(*packages),
         "options": options,
         "sections": {section.name: section.as_json() for section in sections},
     }

@@ -20,6 +20,7 @@ from kvpolicy.errors import (
     ParseError,
     PolicyError,
     UnsupportedError,
+    UntestedVersionWarning,
     UsageError,
 )
 from kvpolicy.guards import Prompt, Sinks, ValueGuard
@@ -93,6 +94,7 @@ __all__ = [
     "Transform",
     "Uniform",
     "UnsupportedError",
+    "UntestedVersionWarning",
     "UsageError",
     "ValueGuard",
     "ValueNorm",

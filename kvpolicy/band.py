@@ -103,9 +103,7 @@ class Band:
     def layer(self, index: int) -> Span:
         """Return this band's rows of one layer."""
         start = index * self.requests
-        return Span(
-            slice(start + self.first, start + self.stop), slice(index * self.count, (index + 1) * self.count)
-        )
+        return Span(slice(start + self.first, start + self.stop), slice(index * self.count, (index + 1) * self.count))
 
     def spans(self, most: int) -> Iterator[Span]:
         """Yield all rows of this band, at most ``most`` at once: rows of several layers where they are adjacent."""
@@ -125,9 +123,7 @@ class Band:
                 )
 
 
-def bands_of(
-    policies: Sequence[EvictionPolicy], plans: Sequence[LayerPlan], layers: int
-) -> tuple[Band, ...]:
+def bands_of(policies: Sequence[EvictionPolicy], plans: Sequence[LayerPlan], layers: int) -> tuple[Band, ...]:
     """Return the bands of a batch: its requests in order, cut where the policy changes.
 
     Args:

@@ -1,4 +1,4 @@
-"""Every error that kvpolicy raises on purpose.
+"""Every error that kvpolicy raises on purpose, and its warning.
 
 ::
 
@@ -12,6 +12,8 @@
     │   └── UnsupportedError        the engine cannot give what is needed
     ├── UsageError                  a bound cache was used in a way that cannot be right
     └── IntegrityError              a store contradicts itself: a bug, please report it
+
+    UntestedVersionWarning          an engine newer than what was tested (a UserWarning)
 
 A message says what was asked, what was found, and what to write instead.
 """
@@ -31,6 +33,7 @@ __all__ = [
     "ParseError",
     "PolicyError",
     "UnsupportedError",
+    "UntestedVersionWarning",
     "UsageError",
 ]
 
@@ -65,6 +68,10 @@ class BudgetError(BindError, ValueError):
 
 class UnsupportedError(BindError):
     """Report something that the engine cannot do correctly."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """Report an engine that is newer than the versions that kvpolicy was tested with."""
 
 
 class UsageError(KVPolicyError):

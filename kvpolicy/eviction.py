@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,10 @@ class LogitSpec:
         num_layers: layers of the model.
         num_heads: KV heads of the model.
         head_offset: the global index of head 0.
+        all_reduce: sums a tensor over the ranks that share these heads, or None on one device.
         workspace: bytes that the temporaries of one eviction may take.
+        absorb: what makes queries of a layer, counted within the store, ask the keys that the store
+            holds, ``[rows, Hq, W, query_dim]`` to ``[rows, Hq, W, D]``; None where they do.
     """
 
     scaling: float
@@ -43,7 +46,9 @@ class LogitSpec:
     num_layers: int = 1
     num_heads: int = 1
     head_offset: int = 0
+    all_reduce: Callable[[Tensor], Tensor] | None = None
     workspace: int = DEFAULT_WORKSPACE
+    absorb: Callable[[int, Tensor], Tensor] | None = None
 
 
 def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[bool] | None = None) -> None:
@@ -69,9 +74,10 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[
         if not any(due[here]) and not any([True] if shown is None else shown[here]):
             continue
         limit = _limit(store.rows[here], budgets[here])
-        of_band = {"recent": band.plan.recent, "max_budget": max(budgets[here]), "max_victims": limit}
         for span in band.spans(most):
-            view = _with_window(dataclasses.replace(_rows_of(every, span.store), **of_band), store, band, span.store)
+            view = _rows_of(every, span.store)
+            view = dataclasses.replace(view, recent=band.plan.recent, max_budget=max(budgets[here]), max_victims=limit)
+            view = _with_window(view, store, band, span.store, logits)
             keep, state = band.policy.select(view, band.state_of(span))
             insist_on_keep(keep, view, band.policy)
             band.remember(span, state)
@@ -89,7 +95,7 @@ def _limit(rows: Sequence[Row], budgets: Sequence[int]) -> int:
 def _bytes_per_row(store: Store) -> int:
     """Return what the temporaries of one row take: of its slots, its window, and its fresh tokens."""
     spec, fresh = store.spec, max(row.length - row.settled for row in store.rows)
-    queries = spec.num_query_heads * store.window.size * spec.head_dim
+    queries = spec.num_query_heads * store.window.size * (spec.head_dim + (spec.query_dim or 0))
     tokens = spec.num_heads * fresh * (spec.head_dim + spec.value_dim)
     return spec.num_heads * spec.capacity * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
 
@@ -120,14 +126,26 @@ def _whole_view(store: Store, budgets: Sequence[int], logits: LogitSpec) -> View
     )
 
 
-def _with_window(view: View, store: Store, band: Band, at: slice) -> View:
+def _with_window(view: View, store: Store, band: Band, at: slice, logits: LogitSpec) -> View:
     """Return a view of some rows with the queries that their policy asked for, oldest first."""
     size, window = band.plan.window, store.window
     if not size:
         return view
     places = (window.at * len(store.layers))[at]
     queries, positions = oldest_first(window.queries.flatten(0, 1)[at], window.positions.flatten(0, 1)[at], places)
-    return dataclasses.replace(view, queries=queries[:, :, -size:], query_positions=positions[:, -size:])
+    queries, positions = queries[:, :, -size:], positions[:, -size:]
+    if logits.absorb is not None:
+        queries = _absorbed(queries, at, len(store.rows), logits.absorb)
+    return dataclasses.replace(view, queries=queries, query_positions=positions)
+
+
+def _absorbed(queries: Tensor, at: slice, requests: int, absorb: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Return the queries of some of the ``layers * requests`` rows, absorbed layer by layer."""
+    parts = []
+    for layer in range(at.start // requests, (at.stop - 1) // requests + 1):
+        start, stop = max(at.start, layer * requests), min(at.stop, (layer + 1) * requests)
+        parts.append(absorb(layer, queries[start - at.start : stop - at.start]))
+    return torch.cat(parts)
 
 
 def fill_from(
@@ -161,6 +179,8 @@ def fill_from(
     positions, order, fresh = _slots_of_turn(store, index, keys.shape[2], counts)
     window, at = store.window.after(counts, [row.seen for row in store.rows])
     asked, asked_positions = oldest_first(store.window.queries[index], window, at)
+    if logits.absorb is not None and store.window.size:
+        asked = logits.absorb(index, asked)
     by_head = torch.tensor(budgets, device=device)[:, None].expand(-1, heads)
     view = View(
         keys=keys,
@@ -257,6 +277,7 @@ def _of_model(logits: LogitSpec) -> dict[str, Any]:
         "num_layers": logits.num_layers,
         "num_heads": logits.num_heads,
         "head_offset": logits.head_offset,
+        "all_reduce": logits.all_reduce,
         "scaling": logits.scaling,
         "softcap": logits.softcap,
         "workspace": logits.workspace,

@@ -82,7 +82,7 @@ def _check_tensors(store: Store) -> None:
         (
             "window.queries",
             window.queries,
-            (*lead, spec.num_query_heads, size, spec.head_dim),
+            (*lead, spec.num_query_heads, size, spec.query_dim or spec.head_dim),
             spec.dtype,
         ),
         ("window.positions", window.positions, (*lead, size), torch.int32),
@@ -102,7 +102,7 @@ def _check_tensors(store: Store) -> None:
             _refuse(name, f"{tensor.dtype}, and should be {dtype}")
         if tensor.device != store.keys.device:
             _refuse(name, f"on {tensor.device}, and the keys are on {store.keys.device}")
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() and not (spec.values_in_keys and tensor is store.values):
             _refuse(name, "not contiguous, and slots are moved as lines of memory")
 
 

@@ -43,7 +43,7 @@ class Store:
         layers: which layers of the model these are.
         rows: one record a request.
         keys: ``[layers, requests, H, C, D]``.
-        values: ``[layers, requests, H, C, Dv]``.
+        values: ``[layers, requests, H, C, Dv]``; a part of ``keys`` where the spec says so.
         positions: ``[layers, requests, H, C]`` int32, -1 where free.
         order: ``[layers, requests, H, C]`` int32, the slots in position order, free slots last.
         window: the newest queries.
@@ -72,10 +72,13 @@ class Store:
         size = asked + drafts if asked else 0
         with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
             self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=device)
-            self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
+            self.values = self.keys[..., : spec.value_dim]
+            if not spec.values_in_keys:
+                self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
             self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
             self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
-            self.window = QueryWindow(*lead, spec.num_query_heads, size, spec.head_dim, spec.dtype, device)
+            query_dim = spec.query_dim or spec.head_dim
+            self.window = QueryWindow(*lead, spec.num_query_heads, size, query_dim, spec.dtype, device)
             for band in self.bands:
                 band.state = band.begin(spec)
             self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
@@ -96,12 +99,16 @@ class Store:
         """Return one count of every row, ``[requests]`` int64 on the store's device."""
         return torch.tensor([getattr(row, name) for row in self.rows], dtype=torch.int64, device=self.spec.device)
 
+    @property
+    def arenas(self) -> tuple[Tensor, ...]:
+        """Return the memory of keys and values: one tensor where values lie in keys."""
+        return (self.keys,) if self.spec.values_in_keys else (self.keys, self.values)
+
     def tensors(self) -> list[Tensor]:
         """Return every tensor of slots, window and policy state."""
         held = [t for band in self.bands for t in band.tensors()]
         return [
-            self.keys,
-            self.values,
+            *self.arenas,
             self.positions,
             self.order,
             self.window.queries,
@@ -257,7 +264,7 @@ class Store:
         positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
         order.copy_(reorder_after(order, keep.mask, source, target))
-        moving = [self.keys.flatten(0, 1)[at], self.values.flatten(0, 1)[at], positions]
+        moving = [*(arena.flatten(0, 1)[at] for arena in self.arenas), positions]
         held = [t[span.band] for t in band.slots()]
         move_([*moving, *held], source, target)
         first, last = max(0, min(row.length for row in self.rows) - limit), self.longest
@@ -334,19 +341,43 @@ class Store:
             raise UsageError(f"reorder({named}): name one of the {len(self.rows)} rows for each of them")
         if any(not all(band.first <= r < band.stop for r in named[band.first : band.stop]) for band in self.bands):
             raise UsageError(f"reorder({named}): a row can only become one that follows the same policy")
-        requests = requests.to(self.spec.device)
-        for tensor in (self.keys, self.values, self.positions, self.order):
-            tensor.copy_(tensor.index_select(1, requests))
-        lead = (len(self.layers), len(self.rows))
-        self.broken.view(lead).copy_(self.broken.view(lead).index_select(1, requests))
-        for band in self.bands:
-            named_here = requests[band.first : band.stop] - band.first
-            for tensor in band.tensors():
-                by_request = tensor.view(band.layers, band.count, *tensor.shape[1:])
-                by_request.copy_(by_request.index_select(1, named_here))
-        self.window.reorder(requests)
+        self._copy_rows(self, named)
         self.rows = [replace(self.rows[r]) for r in named]
         self._ends = None
+
+    def fork(self, requests: Sequence[int]) -> Store:
+        """Return a new store whose rows are copies of some rows of this one; modifies nothing.
+
+        Args:
+            requests: which, each as often as it is named.
+        """
+        policies = [self._band_of(r).policy for r in requests]
+        plans, rows = [self.plans[r] for r in requests], [replace(self.rows[r]) for r in requests]
+        new = Store(policies, plans, self.spec, self.layers, rows, self.drafts)
+        new._copy_rows(self, requests)
+        return new
+
+    def _band_of(self, request: int) -> Band:
+        return next(band for band in self.bands if band.first <= request < band.stop)
+
+    def _copy_rows(self, source: Store, requests: Sequence[int]) -> None:
+        """Replace the tensors of every row by those of the rows that are named of a store, which may be this one."""
+        at = torch.tensor(list(requests), device=self.spec.device)
+        slots = [(*store.arenas, store.positions, store.order) for store in (self, source)]
+        for mine, theirs in zip(*slots, strict=True):
+            mine.copy_(theirs.index_select(1, at))
+        layers = len(self.layers)
+        _by_layer(self.broken, layers).copy_(_by_layer(source.broken, layers).index_select(1, at))
+        self.window.copy_rows(source.window, at)
+        for band in self.bands:
+            named = requests[band.first : band.stop]
+            origins = [source._band_of(r) for r in named]
+            for number, mine in enumerate(band.tensors()):
+                theirs = [
+                    _by_layer(origin.tensors()[number], layers)[:, r - origin.first]
+                    for origin, r in zip(origins, named, strict=True)
+                ]
+                mine.copy_(torch.stack(theirs, 1).flatten(0, 1))
 
     def reset(self) -> None:
         """Forget everything but the requests' names and seeds; modifies every tensor, in place."""
@@ -368,6 +399,11 @@ class Store:
         from kvpolicy.integrity import check_integrity
 
         check_integrity(self)
+
+
+def _by_layer(x: Tensor, layers: int) -> Tensor:
+    """Return ``[layers * requests, ...]`` as ``[layers, requests, ...]``."""
+    return x.view(layers, -1, *x.shape[1:])
 
 
 def _picked(x: Tensor, slots: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -26,6 +27,8 @@ class LayerSpec:
         capacity: slots per KV head.
         dtype: of keys and values.
         device: where they live.
+        query_dim: size of a query as the window holds it, where it is not a key's.
+        values_in_keys: a value is the first ``value_dim`` numbers of its key, and takes no memory.
     """
 
     num_heads: int
@@ -35,6 +38,8 @@ class LayerSpec:
     capacity: int
     dtype: torch.dtype
     device: torch.device
+    query_dim: int | None = None
+    values_in_keys: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +94,8 @@ class View:
         scaling: what the model multiplies logits by.
         softcap: what the model caps logits with, or None.
         sink_logits: ``[B, Hq]`` float, a logit that takes part in every softmax, or None.
+        all_reduce: returns the sum of a tensor over the ranks that share the model's heads, the
+            same on each of them, or None on one device; see :meth:`reduce_heads`.
         workspace: bytes that temporaries may take.
         stage: the index of the stage that reads this view; see :meth:`at`.
     """
@@ -117,6 +124,7 @@ class View:
     scaling: float = 1.0
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    all_reduce: Callable[[Tensor], Tensor] | None = None
     workspace: int = DEFAULT_WORKSPACE
     stage: int = 0
 
@@ -158,6 +166,24 @@ class View:
     def reduce_heads(self, t: Tensor) -> Tensor:
         """Sum ``t`` over the ranks that share the heads of this layer: the identity on one device.
 
-        A stage that calls it declares ``needs = {"cross_heads"}``.
+        A stage that calls it, or :meth:`gather_heads`, declares ``needs = {"cross_heads"}``. Slots are
+        unordered, and one slot may hold other tokens on another rank: sum what does not depend on
+        slots, or gather first.
         """
-        return t
+        return t if self.all_reduce is None else self.all_reduce(t)
+
+    def gather_heads(self, t: Tensor) -> Tensor:
+        """Return ``t`` of all KV heads of the model, in their order: the identity on one device.
+
+        Args:
+            t: ``[B, H, ...]``, of this rank's heads.
+
+        Returns:
+            ``[B, num_heads, ...]``, the same on every rank.
+        """
+        if self.all_reduce is None:
+            return t
+        # Others add zeros to what is mine, which is exact: the sum holds what each rank put there.
+        every = t.new_zeros(t.shape[0], self.num_heads, *t.shape[2:])
+        every[:, self.head_offset : self.head_offset + t.shape[1]] = t
+        return self.reduce_heads(every)

@@ -119,11 +119,11 @@ class QueryWindow:
         self.positions.masked_fill_(self.positions >= left, -1)
         self.at = [(at - count) % self.size for at, count in zip(self.at, counts, strict=True)]
 
-    def reorder(self, requests: Tensor) -> None:
-        """Replace every request by the one that ``requests`` names."""
-        self.queries.copy_(self.queries.index_select(1, requests))
-        self.positions.copy_(self.positions.index_select(1, requests))
-        self.at = [self.at[r] for r in requests.tolist()]
+    def copy_rows(self, source: QueryWindow, requests: Tensor) -> None:
+        """Replace every request by the one that ``requests`` names of a window, which may be this one."""
+        self.queries.copy_(source.queries.index_select(1, requests))
+        self.positions.copy_(source.positions.index_select(1, requests))
+        self.at = [source.at[r] for r in requests.tolist()]
 
     def nbytes(self) -> int:
         """Return the bytes of queries and positions."""

@@ -8,91 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-_SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_LAYERS = ["sliding_attention", "full_attention"] * 2
+from tests.families import FAMILIES, SMALL
 
-FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
-    "gemma3": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        {
-            "sliding_window": 16,
-            "num_hidden_layers": 4,
-            "layer_types": _LAYERS,
-            "query_pre_attn_scalar": 8,
-        },
-    ),
-    "gpt_oss": (
-        GptOssForCausalLM,
-        GptOssConfig,
-        {
-            "sliding_window": 16,
-            "num_hidden_layers": 4,
-            "layer_types": _LAYERS,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-    ),
-    "qwen3_next": (
-        Qwen3NextForCausalLM,
-        Qwen3NextConfig,
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
-}
+__all__ = ["FAMILIES", "default_folder", "real", "sharpen", "tiny", "tokenizer"]
+
+_SHARPENED = ("q_proj.weight", "k_proj.weight", "qkv_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight")
 
 
-def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a tiny model of random weights, the same at every call."""
-    model_class, config_class, options = FAMILIES[family]
-    torch.manual_seed(0)
-    model = model_class(config_class(**{**_SMALL, **options}))
-    with torch.no_grad():  # sharper than initialised: attention that prefers some tokens
+def sharpen(model: Any) -> Any:
+    """Return the model with attention that prefers some tokens, more than at its initialisation."""
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if name.endswith(_SHARPENED):
                 parameter.mul_(12)
+    return model
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Return a tiny model of random weights, the same at every call; ``changes`` of its configuration."""
+    model_class, config_class = FAMILIES[family].classes()
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**SMALL, **FAMILIES[family].options, **changes}))
+    sharpen(model)
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels know no float64
     return model.to(dtype).eval()

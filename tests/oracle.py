@@ -52,13 +52,19 @@ class Oracle:
         self.plan = self.policy.plan(ModelSpec(len(self.evicting), self.max_new_tokens))
         self.columns, self.decoded, self.prompt = 0, 0, torch.zeros(0)
         self.pads: Tensor | None = None
+        self.together: Tensor | None = None
+        self.pictures = False
         self.history: list[dict[int, Tensor]] = []
         self.unsettled: dict[int, tuple[Tensor, Tensor, Any]] = {}
         self.in_prompt = True
         self.turn_done = False  # a turn was cut, but for the tokens that may be drafts
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the logits of the last token of each row, ``[R, vocabulary]``."""
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, **image: Any) -> Tensor:
+        """Return the logits of the last token of each row, ``[R, vocabulary]``.
+
+        ``image`` is what a model takes beside tokens; its positions are then left to the model, and
+        tokens of one ``token_type_ids`` block, 1 for a piece of an image, see each other.
+        """
         width = tokens.shape[1]
         new = torch.ones_like(tokens) if attention_mask is None else attention_mask[:, -width:]
         self.valid = new.bool() if self.pads is None else torch.cat([self.pads, new.bool()], 1)
@@ -71,16 +77,22 @@ class Oracle:
         if not self.decoding and self.in_prompt:
             self.prompt = self.valid.sum(1) - self.tail
         self.in_prompt = self.in_prompt and not self.decoding and not self.tail
-        before, original = self.model.get_decoder(), self.model.config._attn_implementation
+        if "token_type_ids" in image:
+            self.together = image["token_type_ids"].bool()
+        places = {} if image or self.pictures else {"position_ids": positions}
+        self.pictures = self.pictures or bool(image)
+        before = self.model.get_decoder()
+        original = before.config._attn_implementation
         before.set_attn_implementation("oracle")
         _current.append(self)
         try:
             out = self.model(
                 tokens,
                 attention_mask=self.valid.long(),
-                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
+                **places,
+                **image,
             )
         finally:
             _current.pop()
@@ -90,40 +102,46 @@ class Oracle:
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         layer, (rows, heads, size, _), width = module.layer_idx, key.shape, query.shape[2]
+        asked, keys, values = query, key, value  # what the policy sees
+        if hasattr(module, "expand_kv"):
+            heads = 1
+            asked, keys, values = absorbed(module, query, self.cache.layers[layer])
         held = self.layers.get(layer)
         if held is None:
             held = self.layers[layer] = Layer(
                 torch.zeros(rows, heads, 0, dtype=torch.bool),
                 torch.zeros(rows, 0, dtype=torch.long),
-                query[:, :, :0],
+                asked[:, :, :0],
                 torch.zeros(rows, 0, dtype=torch.long),
                 None,
                 [0] * rows,
             )
         if not self.decoding and held.told < held.alive.shape[2] and "every_query" in self.policy.needs:
-            self.evict(layer, held, key[:, :, :-width], value[:, :, :-width], kwargs, seen=self.valid[:, :-width])
+            self.evict(layer, held, keys[:, :, :-width], values[:, :, :-width], kwargs, seen=self.valid[:, :-width])
         new = self.valid[:, -width:]
         numbers = torch.where(new, self.valid.long().cumsum(1)[:, -width:] - 1, -1)
         held.alive = torch.cat([held.alive, new[:, None].expand(-1, heads, -1)], 2)
         held.positions = torch.cat([held.positions, numbers], 1)
-        held.queries = torch.cat([held.queries, query], 2)
+        held.queries = torch.cat([held.queries, asked], 2)
         held.query_positions = torch.cat([held.query_positions, numbers], 1)
         causal = torch.arange(size) <= torch.arange(size - width, size)[:, None]
+        if self.together is not None and width > 1:  # a prompt with one image: its pieces see each other
+            causal = causal | (self.together[:, None, :, None] & self.together[:, None, None, :])
         visible = held.alive[:, :, None] & causal
-        group = query.shape[1] // heads
+        group = query.shape[1] // key.shape[1]
         out = attention(
             query,
             key.repeat_interleave(group, 1),
             value.repeat_interleave(group, 1),
-            visible.repeat_interleave(group, 1),
+            visible.repeat_interleave(query.shape[1] // heads, 1),
             **kwargs,
         )
         if self.drafts:
-            self.unsettled[layer] = key, value, kwargs
+            self.unsettled[layer] = keys, values, kwargs
             if not self.decoding:
-                self.cut(layer, held, key, value, kwargs)
+                self.cut(layer, held, keys, values, kwargs)
         else:
-            self.evict(layer, held, key, value, kwargs)
+            self.evict(layer, held, keys, values, kwargs)
         return out.transpose(1, 2).contiguous()
 
     def cut(self, layer: int, held: Layer, keys: Tensor, values: Tensor, kwargs: dict[str, Any]) -> None:
@@ -255,6 +273,15 @@ class Oracle:
         return torch.where(found == 2**30, -1, found)
 
 
+def absorbed(module: Any, query: Tensor, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of latent attention as one KV head, from the model's own cache."""
+    plain, rank = module.qk_nope_head_dim, module.kv_lora_rank
+    weight = module.kv_b_proj.weight.view(query.shape[1], -1, rank)
+    in_latents = torch.einsum("bhwp,hpr->bhwr", query[..., :plain], weight[:, :plain])
+    keys = torch.cat([layer.keys, layer.values], -1)
+    return torch.cat([in_latents, query[..., plain:]], -1), keys, layer.keys
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, scaling: float,
     softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
@@ -273,6 +300,7 @@ def attention(
 def _oracle(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
     oracle = _current[-1]
     kwargs.pop("sliding_window", None)
+    kwargs.setdefault("scaling", query.shape[-1] ** -0.5)  # what attention takes where a model names none
     if module.layer_idx in oracle.evicting:
         return oracle.attend(module, query, key, value, **kwargs), None
     group, size, width = query.shape[1] // key.shape[1], key.shape[2], query.shape[2]

@@ -66,6 +66,8 @@ def read(arguments: dict[str, Any], columns: int, seen: Sequence[int]) -> Argume
 
 def _last(positions: Any, requests: int) -> Tensor | None:
     """Return the position that the model gives each row's newest token, where it is one number."""
+    if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of the text; behind it, where a token stands in an image
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return None
     return positions[:, -1].expand(requests)

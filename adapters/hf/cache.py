@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -14,23 +15,27 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvpolicy import _check
-from kvpolicy.adapters.hf import binding
+from kvpolicy.adapters.hf import binding, compat, others, saving
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
-from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.group import Group
+from kvpolicy.adapters.hf.layer import EvictionLayer
+from kvpolicy.adapters.hf.ranks import kept_alike, said
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.adapters.hf.step import Step, open_step
-from kvpolicy.errors import BindError, UnsupportedError, UsageError
-from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
+from kvpolicy.errors import BindError, IntegrityError, UnsupportedError, UsageError
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan
 from kvpolicy.receipt import Receipt
+from kvpolicy.row import Row
 from kvpolicy.stage import Chain, Stage
-from kvpolicy.view import DEFAULT_WORKSPACE
+from kvpolicy.store import Store
+from kvpolicy.view import DEFAULT_WORKSPACE, LayerSpec
 
 __all__ = ["EvictionCache"]
 
 _OFFERS = frozenset({"queries", "every_query", "cross_heads"})
 
 
+@compat.guarded
 class EvictionCache(Cache, binding.Evicting):
     """Keep a fixed number of key-value pairs for each head, and forget the rest as a policy says.
 
@@ -85,16 +90,32 @@ class EvictionCache(Cache, binding.Evicting):
         requests: Sequence[int] | None = None,
         workspace: int = DEFAULT_WORKSPACE,
     ) -> None:
+        compat.check_version()
         found = binding.survey(model, static=static)
         _check.integer("EvictionCache", "workspace", workspace, 1)
         _check.integer("EvictionCache", "max_draft_tokens", max_draft_tokens, 0)
+        compat.check_drafts(max_draft_tokens)
+        compat.check_static(static)
         if prompt_length is not None:
             _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
-        self.static = static
+        self.model, self.static = model, static
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
         self.policies = _checked(policy)
-        self.config = model.config.get_text_config(decoder=True)
+        self.sharing, self.ranks = found.sharing, found.ranks
+        if static and self.ranks.size > 1:
+            raise UnsupportedError(
+                "static=True of a model that is split over processes is not supported yet; leave it out"
+            )
         self._seeds, self._requests = _integers("seeds", seeds), _integers("requests", requests)
+        self.options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "max_draft_tokens": max_draft_tokens,
+            "prompt_length": prompt_length,
+            "static": static,
+            "seeds": self._seeds,
+            "requests": self._requests,
+            "workspace": workspace,
+        }
         spec = ModelSpec(len(found.evicting), max_new_tokens)
         by_layer = _by_layer([one.plan(spec) for one in self.policies], found.evicting)
         self.skipped = {
@@ -102,8 +123,16 @@ class EvictionCache(Cache, binding.Evicting):
             **{i: "left alone by its budget" for i, plans in by_layer.items() if plans is None},
         }
         self.groups = [
-            Group(tuple(same), plans, len(found.layers), workspace)
-            for group in found.groups
+            Group(
+                tuple(same),
+                plans,
+                device,
+                len(found.layers),
+                workspace,
+                found.ranks,
+                {i: found.latents[i] for i in same if i in found.latents},
+            )
+            for device, group in found.groups.items()
             for plans, same in _by_plan(group, by_layer).items()
         ]
         self._group_of = {layer: group for group in self.groups for layer in group.layers}
@@ -120,12 +149,16 @@ class EvictionCache(Cache, binding.Evicting):
         self._ran = False
         self.last: Tensor | None = None
         self._step: Step | None = None
+        self._told: tuple[Any] | None = None
         self._failed = False
         self._decoder_binding = binding.bind(model)
-        self._decoder_binding.acquire()
-        self._release = weakref.finalize(self, self._decoder_binding.release)
+        self._acquire()
 
     # The life of a binding
+
+    def _acquire(self) -> None:
+        self._decoder_binding.acquire()
+        self._release = weakref.finalize(self, self._decoder_binding.release)
 
     def unbind(self) -> None:
         """Let the model go: it is restored when its last cache lets go. The receipt can still be had."""
@@ -176,11 +209,21 @@ class EvictionCache(Cache, binding.Evicting):
                         left.append(plan.interval - row.decoded % plan.interval)
         return min(left)
 
+    def allocate(self, group: Group, spec: LayerSpec, rows: list[Row]) -> Store:
+        """Return new slots for the layers of a group."""
+        policies = [self.policy_of(r) for r in range(len(rows))]
+        plans = [group.plans[r % len(group.plans)] for r in range(len(rows))]
+        return Store(policies, plans, spec, group.layers, rows, self.max_draft_tokens)
+
     def evicts(self, layer: int) -> bool:
         """Return whether a layer evicts."""
         return layer in self._group_of
 
     # One forward pass: begin, then take and attend for each layer, then finish
+
+    def told(self, mask: Any) -> None:
+        """Remember the mask that a model around the decoder was given; it may hand on another, made of it."""
+        self._told = (mask,)
 
     def begin(self, decoder: nn.Module, arguments: dict[str, Any]) -> None:
         """Open a step; the model's hook calls it before each forward pass."""
@@ -194,6 +237,11 @@ class EvictionCache(Cache, binding.Evicting):
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
         self._check_whole()
         self._settle()
+        told, self._told = self._told, None
+        if told is not None and isinstance(arguments.get("attention_mask"), dict):
+            arguments = {**arguments, "attention_mask": told[0]}
+        if not self.columns:
+            self._insist_on_one_prompt(arguments)
         self._step = open_step(self, arguments)
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
@@ -202,6 +250,7 @@ class EvictionCache(Cache, binding.Evicting):
         """Check what a graph depends on; whatever is read here is a guard of the graph."""
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        assert tokens is not None
         if not self.static:
             raise UsageError("compiled code needs fixed shapes; write EvictionCache(..., static=True)")
         if tokens.shape[1] != 1 or self.groups[0].static is None:
@@ -233,7 +282,12 @@ class EvictionCache(Cache, binding.Evicting):
         """Take new keys and values of one layer; return what the new tokens attend to."""
         if torch.compiler.is_compiling():
             group = self._group_of[layer]
-            return group.static.take(group.index(layer), keys, values)
+            assert group.static is not None
+            latent = group.latents.get(layer)
+            if latent is None:
+                return group.static.take(group.index(layer), keys, values)
+            keys = latent.joined(layer, keys, values)
+            return latent.parts(group.static.take(group.index(layer), keys, keys)[0])
         if not self._release.alive:
             raise UsageError("this EvictionCache was unbound, as its with block ended; make a new one for the model")
         if self._step is None:
@@ -335,16 +389,16 @@ class EvictionCache(Cache, binding.Evicting):
             UsageError: tokens so old that some heads have evicted some of them; nothing was changed.
         """
         self.step()
-        count = self.columns - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         stores = [group.store for group in self.groups if group.store is not None]
         if not stores:
             raise UsageError(f"crop({tokens_to_remove}): no token has been seen yet")
+        count = compat.tokens_to_remove(self.columns, tokens_to_remove, to_length=True)
         self._check_whole()
         for store in stores:
             store.check_crop([count] * len(store.rows))
-        for layer in self.layers:
-            if not isinstance(layer, EvictionLayer):
-                layer.crop(tokens_to_remove)
+        for layer in self._others():
+            if count or compat.ANNOUNCES_DRAFTS:
+                layer.crop(-count)  # what was recorded for drafts is trimmed also where none goes
         for store in stores:
             store.crop([count] * len(store.rows))
         self.columns -= count
@@ -355,6 +409,10 @@ class EvictionCache(Cache, binding.Evicting):
         """Evict where it is due, now that no more drafts will be taken back."""
         for group in self.groups:
             group.settle()
+
+    def _others(self) -> list[Any]:
+        """Return the layers that are left alone."""
+        return [layer for layer in self.layers if not isinstance(layer, EvictionLayer)]
 
     def activate_past_recording(self) -> None:
         """Prepare for drafts, as assisted decoding asks.
@@ -367,9 +425,103 @@ class EvictionCache(Cache, binding.Evicting):
                 "assisted and prompt-lookup decoding draft tokens and take some back, and no slots were set aside for "
                 "them; write EvictionCache(..., max_draft_tokens=20), at least as many as are drafted at once"
             )
-        for layer in self.layers:
-            if not isinstance(layer, EvictionLayer) and hasattr(layer, "activate_past_recording"):
+        for layer in self._others():
+            if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
+
+    # Copies
+
+    def fork(self, requests: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> EvictionCache:
+        """Return a cache that goes on from the same tokens, with memory of its own, bound to the same model.
+
+        One compressed prompt serves many questions: each fork answers one, or
+        ``cache.fork([0] * 8)`` eight in one batch.
+
+        Args:
+            requests: which rows the new cache has, each as often as it is named; all by default.
+            seeds: of the new rows' randomness; by default each goes on with its own.
+
+        Raises:
+            UsageError: there is no such row, or a forward pass failed half-way.
+        """
+        self.step()
+        self._check_whole()
+        count = self.num_requests
+        named = list(range(count)) if requests is None else list(requests)
+        if not count or not named or not all(isinstance(r, int) and 0 <= r < count for r in named):
+            raise UsageError(f"fork({requests!r}): the cache holds {count} requests; name some of them by their rows")
+        given = _integers("seeds", seeds)
+        if given is not None and len(given) != len(named):
+            raise UsageError(f"seeds names {len(given)} requests, and the fork has {len(named)} rows")
+        if not self._release.alive:
+            raise UsageError("this EvictionCache was unbound; fork it before its with block ends")
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.groups = [group.fork(named) for group in self.groups]
+        new._group_of = {layer: group for group in new.groups for layer in group.layers}
+        new.layers = [
+            EvictionLayer(new, i) if i in new._group_of else others.copied(layer, named, count)
+            for i, layer in enumerate(self.layers)
+        ]
+        new.policies = tuple(self.policies[r] for r in named) if len(self.policies) > 1 else self.policies
+        rows = [row for group in new.groups if group.store is not None for row in group.store.rows]
+        for number, row in enumerate(rows):
+            row.seed = row.seed if given is None else given[number % len(named)]
+        new._seeds, new._requests = (
+            [row.seed for row in rows[: len(named)]],
+            [row.request for row in rows[: len(named)]],
+        )
+        new.options = {**self.options, "seeds": new._seeds, "requests": new._requests}
+        new._acquire()
+        new.columns_seen = self.columns_seen.clone()
+        last = None if self.last is None else self.last[torch.tensor(named, device=self.last.device)]
+        new.continue_at(self.columns, last)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EvictionCache:
+        """Return a fork of all rows: what transformers' recipes for a shared prompt ask for."""
+        return self.fork()
+
+    def continue_at(self, columns: int, last: Tensor | None) -> None:
+        """Go on behind so many columns, whose last tokens have these positions."""
+        self.columns, self.last, self._step, self._failed = columns, last, None, False
+        self._refresh()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what the cache holds into a safetensors file, whole or not at all.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            UsageError: no token has been seen yet, or a forward pass failed half-way.
+            UnsupportedError: the model is split over processes.
+        """
+        if self.ranks.size > 1:  # the file would not say whose heads it holds
+            raise UnsupportedError("save() of a model that is split over processes is not supported yet")
+        self.step()
+        self._check_whole()
+        self._settle()
+        saving.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        policy: EvictionPolicy | Sequence[EvictionPolicy] | None = None,
+    ) -> EvictionCache:
+        """Return the cache that :meth:`save` wrote, bound to the same model, which goes on as if never saved.
+
+        Args:
+            path: of the file.
+            model: the one that it was saved with: its kind, configuration, dtype and weights are checked.
+            policy: what it followed; needed where its text cannot be read, being a third party's.
+
+        Raises:
+            UsageError: the file is no cache, or belongs to another model, policy or version.
+        """
+        return saving.load(cls, path, model, policy)
 
     # Proof
 
@@ -389,7 +541,7 @@ class EvictionCache(Cache, binding.Evicting):
         broken = torch.stack([store.broken.view(-1, len(rows)).sum(0).cpu() for store in stores]).sum(0)
         kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
         return Receipt(
-            policy=tuple(_text(self.policy_of(r)) for r in range(len(rows))),
+            policy=tuple(saving.policy_text(self.policy_of(r)) for r in range(len(rows))),
             version=__version__,
             seen=tuple(row.seen for row in rows),
             slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),
@@ -399,11 +551,42 @@ class EvictionCache(Cache, binding.Evicting):
             nbytes=sum(store.nbytes() for store in stores),
             turn_nbytes=max(group.turn_nbytes for group in self.groups),
             window_nbytes=sum(store.window.nbytes() for store in stores),
-            other_nbytes=sum(_held(layer) for i, layer in enumerate(self.layers) if i not in self._group_of),
+            other_nbytes=sum(others.nbytes(layer) for layer in self._others()),
             layers=tuple(sorted(self._group_of)),
             skipped=self.skipped,
             kept=kept,
         )
+
+    def check_ranks(self) -> None:
+        """Check that all processes of a model with split heads did the same; every one must call it.
+
+        They compare the counters of every request. Where all heads must keep the same tokens, since
+        no stage tells heads apart or each process has all heads, they compare the kept positions,
+        too. A token that one process sampled differently does not show. One process checks nothing.
+
+        Raises:
+            IntegrityError: two processes differ, on all of them; the message says in what.
+        """
+        found: dict[str, Any] = {}
+        for group in self.groups:
+            for r, row in enumerate([] if group.store is None else group.store.rows):
+                found[f"the counters of request {r} in layer {group.layers[0]}"] = str(row)
+            for layer, number in kept_alike(self.policies, self.ranks, group.positions()).items():
+                found[f"the fingerprint of the positions that layer {layer} keeps"] = number
+        self.ranks.insist(found, IntegrityError)
+
+    def _insist_on_one_prompt(self, arguments: dict[str, Any]) -> None:
+        """Stop processes that would go separate ways, before they wait for each other for ever."""
+        if self.ranks.size == 1:
+            return
+        found: dict[str, Any] = {
+            "the policy": repr(self.policies),
+            "the plans of the layers": [(group.layers, str(group.plans)) for group in self.groups],
+            **self.options,
+        }
+        for name in ("input_ids", "inputs_embeds", "attention_mask"):
+            found[f"{name}, its shape and a fingerprint,"] = said(arguments.get(name))
+        self.ranks.insist(found, UsageError)
 
     def new_seeds(self, requests: int) -> list[tuple[int, int]]:
         """Return the name and the seed of each request of a batch.
@@ -458,10 +641,6 @@ def _names(policies: Sequence[EvictionPolicy]) -> str:
     return " and ".join(dict.fromkeys(repr(policy) for policy in policies))
 
 
-def _text(policy: EvictionPolicy) -> str:
-    return policy.text(full=True) if isinstance(policy, Policy) else repr(policy)
-
-
 def _integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     if given is None:
         return None
@@ -500,13 +679,3 @@ def _by_plan(
         if plans is not None:
             same.setdefault(plans, []).append(layer)
     return same
-
-
-def _held(layer: Any) -> int:
-    """Return the bytes that an ordinary cache layer holds."""
-    found = 0
-    for value in vars(layer).values():
-        for one in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(one, Tensor):
-                found += one.numel() * one.element_size()
-    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvpolicy.adapters.hf.latent import Latent
+from kvpolicy.adapters.hf.ranks import Ranks
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.eviction import LogitSpec, evict
@@ -26,8 +28,11 @@ class Group:
     Attributes:
         layers: indices.
         plans: of each of them; one that all requests share, or one a request.
+        device: where they live.
         num_layers: layers of the model.
         workspace: bytes that the temporaries of one eviction may take.
+        ranks: the processes that share the heads.
+        latents: how each layer expands its latents, where that is what it caches.
         store: allocated when the first tokens come.
         logits: what each layer's attention was last called with.
         unsettled: the rows as they were before tokens that may still be taken back, and whether
@@ -38,8 +43,11 @@ class Group:
 
     layers: tuple[int, ...]
     plans: tuple[LayerPlan, ...]
+    device: torch.device
     num_layers: int
     workspace: int
+    ranks: Ranks
+    latents: dict[int, Latent]
     store: Store | None = None
     logits: dict[int, dict[str, Any]] = field(default_factory=dict)
     unsettled: tuple[list[Row], bool] | None = None
@@ -54,6 +62,16 @@ class Group:
     def index(self, layer: int) -> int:
         """Return the place of a layer in the store."""
         return self.layers.index(layer)
+
+    def fork(self, requests: Sequence[int]) -> Group:
+        """Return a group of the same layers whose rows are copies of some of these."""
+        plans = tuple(self.plans[r] for r in requests) if len(self.plans) > 1 else self.plans
+        unsettled = None
+        if self.unsettled is not None:
+            unsettled = [self.unsettled[0][r] for r in requests], self.unsettled[1]
+        store = None if self.store is None else self.store.fork(requests)
+        logits = dict(self.logits)
+        return replace(self, plans=plans, store=store, logits=logits, unsettled=unsettled, static=None)
 
     def positions(self) -> dict[int, Tensor]:
         """Return a copy of the kept positions of each layer, ascending, -1 behind the last."""
@@ -106,11 +124,19 @@ class Group:
         if any(one["scaling"] != first["scaling"] or one["softcap"] != first["softcap"] for one in found):
             raise UnsupportedError("layers scale their logits differently, which is not supported yet")
         sinks = None if first["s_aux"] is None else torch.stack([one["s_aux"].detach() for one in found])
+        num_heads, head_offset = self.ranks.heads(spec.num_heads)
         return LogitSpec(
-            scaling=spec.head_dim**-0.5 if first["scaling"] is None else float(first["scaling"]),
+            scaling=float(first["scaling"] or (spec.query_dim or spec.head_dim) ** -0.5),
             softcap=first["softcap"],
             sinks=sinks,
             num_layers=self.num_layers,
-            num_heads=spec.num_heads,
+            num_heads=num_heads,
+            head_offset=head_offset,
+            all_reduce=self.ranks.all_reduce,
             workspace=self.workspace,
+            absorb=self._absorbed if self.latents else None,
         )
+
+    def _absorbed(self, index: int, queries: Tensor) -> Tensor:
+        """Return queries of a layer, counted within the store, that ask the latents it holds."""
+        return self.latents[self.layers[index]].absorbed(queries)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from kvpolicy.adapters.hf import compat
 from kvpolicy.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["EvictionLayer"]
 
 
-class EvictionLayer(CacheLayerMixin):
+class EvictionLayer(compat.Layer):
     """Stand for one evicting layer: logical lengths are what transformers is told; slots are ours."""
 
     is_sliding = False
@@ -29,6 +29,11 @@ class EvictionLayer(CacheLayerMixin):
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Return whether decoding has fixed shapes."""
         return self.cache.static
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Return whether slots were set aside for drafts; since 5.24 assisted decoding asks."""
+        return self.cache.max_draft_tokens > 0
 
     @property
     def batch_size(self) -> int:
@@ -49,9 +54,8 @@ class EvictionLayer(CacheLayerMixin):
         self.cache.step()
         return self.cache.columns
 
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+    def mask_sizes(self, width: int) -> tuple[int, int]:
         """Return the length and the offset of the mask: it covers the new tokens alone."""
-        width = query_length if isinstance(query_length, int) else query_length.shape[0]
         if torch.compiler.is_compiling():  # one token: the mask has one column, whatever its offset
             return width, 0
         self.cache.step()
@@ -60,13 +64,6 @@ class EvictionLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return -1: a sequence may grow for ever."""
         return -1
-
-    def get_max_cache_shape(self) -> int:
-        """Return -1, under the name of older versions of transformers."""
-        return -1
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: slots are allocated when the first tokens come."""
 
     def reset(self) -> None:
         """Do nothing: the cache resets its stores."""

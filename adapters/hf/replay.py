@@ -86,7 +86,10 @@ def replay(
         )
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens)
     behind = tokens.shape[1] - prompt_length
-    log_probs, full_log_probs, kl, agreement = [], [], [], []
+    log_probs: list[Tensor] = []
+    full_log_probs: list[Tensor] = []
+    kl: list[Tensor] = []
+    agreement: list[Tensor] = []
     with EvictionCache(model, policy, max_new_tokens=behind, prompt_length=prompt_length, seeds=seeds) as cache:
         reference = DynamicCache(config=model.config) if full else None
         for first, stop in _chunks(cache, tokens.shape[1], prompt_length):
@@ -102,10 +105,11 @@ def replay(
             if progress is not None:
                 progress(stop, tokens.shape[1])
         receipt = cache.receipt()
-    if not full:
-        return Replay(torch.cat(log_probs, 1), None, None, None, receipt)
-    parts = (full_log_probs, kl, agreement)
-    return Replay(torch.cat(log_probs, 1), *(torch.cat(part, 1) for part in parts), receipt)
+
+    def whole(parts: list[Tensor]) -> Tensor | None:
+        return torch.cat(parts, 1) if full else None
+
+    return Replay(torch.cat(log_probs, 1), whole(full_log_probs), whole(kl), whole(agreement), receipt)
 
 
 def _chunks(cache: EvictionCache, columns: int, prompt_length: int) -> Iterator[tuple[int, int]]:

@@ -34,7 +34,7 @@ class StaticSlots:
         self._query_heads = torch.arange(store.spec.num_query_heads, device=device)[None]
         self._every = torch.arange(store.spec.capacity, device=device)
         self._known: tuple[list[int], list[int]] = ([], [])
-        for tensor in (store.keys, store.values, store.window.queries, self.slots, self.places):
+        for tensor in (*store.arenas, store.window.queries, self.slots, self.places):
             torch._dynamo.mark_static_address(tensor)
         self.refresh()
 
@@ -55,7 +55,8 @@ class StaticSlots:
         mine, others = self.store.keys[index], self.store.values[index]
         at = (self._rows, self._heads, self.slots[:, None])
         mine.index_put_(at, keys[:, :, 0])
-        others.index_put_(at, values[:, :, 0])
+        if not self.store.spec.values_in_keys:
+            others.index_put_(at, values[:, :, 0])
         return mine, others
 
     def visible(self) -> Tensor:

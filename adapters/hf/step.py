@@ -47,7 +47,8 @@ class Step:
     last: Tensor | None = None
     _turned: dict[int, list[Row]] = field(default_factory=dict)
     _visible: dict[int, Tensor | None] = field(default_factory=dict)
-    _taken: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    _taken: set[int] = field(default_factory=set)
+    _given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _attended: set[int] = field(default_factory=set)
 
     # What a layer does, in order
@@ -58,19 +59,26 @@ class Step:
             raise UsageError("slots carry no gradients: run the model under torch.no_grad()")
         if layer in self._taken:
             raise UsageError(f"layer {layer} gave its keys twice in one forward pass")
+        self._taken.add(layer)
+        latent = group.latents.get(layer)
+        if latent is not None:
+            keys = latent.joined(layer, keys, values)
+            values = keys[..., : latent.rank]
+        given = self._given[layer] = self._take(group, layer, keys, values)
+        return given if latent is None else latent.parts(given[0])
+
+    def _take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         store = self._store(group, layer, keys, values)
         index = group.index(layer)
         if self.decoding:
             store.append(index, keys, values, self.counts)
             end = store.longest + self.width
-            keys, values = store.keys[index, :, :, :end], store.values[index, :, :, :end]
-        else:
-            if store.longest:
-                held = slice(0, store.longest)
-                keys = torch.cat([store.keys[index, :, :, held], keys], 2)
-                values = torch.cat([store.values[index, :, :, held], values], 2)
-            group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + values.nbytes)
-        self._taken[layer] = keys, values
+            return store.keys[index, :, :, :end], store.values[index, :, :, :end]
+        if store.longest:
+            held = slice(0, store.longest)
+            keys = torch.cat([store.keys[index, :, :, held], keys], 2)
+            values = torch.cat([store.values[index, :, :, held], values], 2)
+        group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + values.nbytes)
         return keys, values
 
     def visible(self, group: Group) -> Tensor | None:
@@ -93,40 +101,34 @@ class Step:
         """Remember the queries of one layer, and put a turn's tokens into its slots."""
         store, index = group.store, group.index(layer)
         assert store is not None
-        self._check_unchanged(layer, key, value)
         self._attended.add(layer)
         group.logits[layer] = {name: logits.get(name) for name in ("scaling", "softcap", "s_aux")}
         if query.shape[1] != store.spec.num_query_heads:
             raise UnsupportedError(
                 f"layer {layer} has {query.shape[1]} query heads, and {store.spec.num_query_heads} were expected"
             )
+        given = self._given.pop(layer, (None, None))
+        if layer not in group.latents and not (_same(given[0], key) and _same(given[1], value)):
+            raise UnsupportedError(
+                f"layer {layer} attends twice, or to other keys and values than its cache gave it: what it does "
+                "between its cache and its attention is not known here"
+            )
+        keys, values = given
+        assert keys is not None
+        assert values is not None
         store.observe(index, query, self.counts)
         if self.decoding:
             return
         turned, old = self._turned[id(group)], store.longest
         if not _over_budget(turned, store):
-            store.append(index, key[:, :, old:], value[:, :, old:], self.counts)
+            store.append(index, keys[:, :, old:], values[:, :, old:], self.counts)
             return
-        end = key.shape[2] - self.tail
+        end = keys.shape[2] - self.tail
         counts = [count - self.tail for count in self.counts]
-        fill_from(store, index, key[:, :, :end], value[:, :, :end], counts, turned, group.logit_spec([layer]))
+        fill_from(store, index, keys[:, :, :end], values[:, :, :end], counts, turned, group.logit_spec([layer]))
         if self.tail:
             behind = [row.length for row in _cut(turned, store)]
-            store.append(index, key[:, :, end:], value[:, :, end:], [self.tail] * len(counts), behind)
-
-    def _check_unchanged(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Refuse a layer that attends to anything but what its cache gave it, once a forward pass.
-
-        Scorers and slots would see other keys and values than attention does.
-        """
-        given, self._taken[layer] = self._taken[layer], None  # a prompt's keys are freed layer by layer
-        if given is None:
-            raise UnsupportedError(f"layer {layer} attends twice in one forward pass, which is not supported yet")
-        for name, one, other in (("keys", key, given[0]), ("values", value, given[1])):
-            if one.shape != other.shape or one.data_ptr() != other.data_ptr():
-                raise UnsupportedError(
-                    f"layer {layer} changes its {name} between the cache and attention, which is not supported yet"
-                )
+            store.append(index, keys[:, :, end:], values[:, :, end:], [self.tail] * len(counts), behind)
 
     # What happens once a forward pass and group
 
@@ -134,7 +136,7 @@ class Step:
         """Return the store of a layer, allocated when its group's first layer runs."""
         shape = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
         if group.store is None:
-            group.store = self._allocated(group, *shape)
+            group.store = self._allocated(group, layer, *shape)
         spec = group.store.spec
         known = (spec.num_heads, spec.head_dim, spec.value_dim, spec.dtype, spec.device)
         if shape != known:
@@ -147,17 +149,18 @@ class Step:
         return group.store
 
     def _allocated(
-        self, group: Group, heads: int, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+        self, group: Group, layer: int, heads: int, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
     ) -> Store:
-        cache, config = self.cache, self.cache.config
-        each = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or heads)
+        cache, latent = self.cache, group.latents.get(layer)
         capacity = group.capacity + cache.max_draft_tokens
-        spec = LayerSpec(heads, heads * each, dim, value_dim, capacity, dtype, device)
-        requests = len(self.counts)
-        rows = [Row(request=request, seed=seed) for request, seed in cache.new_seeds(requests)]
-        policies = [cache.policy_of(r) for r in range(requests)]
-        plans = [group.plans[r % len(group.plans)] for r in range(requests)]
-        return Store(policies, plans, spec, group.layers, rows, cache.max_draft_tokens)
+        if latent is None:
+            spec = LayerSpec(heads, heads * cache.sharing.get(layer, 1), dim, value_dim, capacity, dtype, device)
+        else:
+            sizes = (heads, latent.heads, dim, value_dim, capacity)
+            query_dim = latent.plain + dim - latent.rank
+            spec = LayerSpec(*sizes, dtype, device, query_dim=query_dim, values_in_keys=True)
+        rows = [Row(request=request, seed=seed) for request, seed in cache.new_seeds(len(self.counts))]
+        return cache.allocate(group, spec, rows)
 
     def _open(self, group: Group, store: Store) -> None:
         """Work out, once a group and step, what its layers share."""
@@ -190,8 +193,8 @@ class Step:
             missing = set(group.layers) - self._attended
             if missing or group.store is None:
                 raise UsageError(
-                    f"layer {min(missing)} did not attend through kvpolicy in this forward pass: its attention does "
-                    "not use transformers' AttentionInterface, or set_attn_implementation() was called while bound"
+                    f"layer {min(missing)} did not attend through kvpolicy in this forward pass; "
+                    "was set_attn_implementation() called while the cache was bound?"
                 )
             before, turn = self._advance(group, group.store)
             if self.cache.max_draft_tokens:
@@ -210,6 +213,11 @@ class Step:
         before = _cut(before, store) if filled else before
         store.advance([row.advanced(self.tail, decoding=True) for row in before] if self.tail else before)
         return before, not filled
+
+
+def _same(given: Tensor | None, used: Tensor) -> bool:
+    """Return whether attention uses what the cache gave; the tensor itself in all but a few models."""
+    return given is used or (given is not None and given.dtype == used.dtype and torch.equal(given, used))
 
 
 def _over_budget(rows: Sequence[Row], store: Store) -> bool:

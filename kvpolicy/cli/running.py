@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from kvpolicy.adapters.hf.compat import CACHE_ARGUMENT
 from kvpolicy.cli.errors import RunError, one_line
 from kvpolicy.cli.models import Loaded
 from kvpolicy.cli.quiet import quiet
@@ -110,7 +111,8 @@ def run(loaded: Loaded, inputs: dict[str, Any], cache: Any, sampling: Sampling) 
     start = time.perf_counter()
     try:
         with quiet(), torch.inference_mode():
-            loaded.model.generate(**on_device, past_key_values=cache, streamer=meter, **sampling.arguments())
+            arguments = {CACHE_ARGUMENT: cache, "streamer": meter, **sampling.arguments()}
+            loaded.model.generate(**on_device, **arguments)
     except torch.OutOfMemoryError as error:
         why = one_line(error, 200)
         raise RunError(f"{loaded.model.device} has not enough memory for this run: {why}") from error

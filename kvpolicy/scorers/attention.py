@@ -176,8 +176,10 @@ class LastQuery(Scorer):
             temperature=1.0,
             reduce="mean",
         )
-        amount = view.reduce_heads(sum_over_heads(amount, view.positions, view.order)) / view.num_heads
-        return Scores.of(view, amount, weights=True)
+        # Every rank adds the heads in the same order: decisions agree to the last bit.
+        amount, positions, order = (view.gather_heads(t) for t in (amount, view.positions, view.order))
+        total = sum_over_heads(amount, positions, order, view.positions)
+        return Scores.of(view, total / view.num_heads, weights=True)
 
 
 def newest(view: View, window: int) -> tuple[Tensor, Tensor]:
@@ -187,8 +189,8 @@ def newest(view: View, window: int) -> tuple[Tensor, Tensor]:
     return view.queries[:, :, -window:], view.query_positions[:, -window:]
 
 
-def sum_over_heads(amount: Tensor, positions: Tensor, order: Tensor) -> Tensor:
-    """Return, for each slot, the sum of what all heads of its row have at the slot's position.
+def sum_over_heads(amount: Tensor, positions: Tensor, order: Tensor, wanted: Tensor) -> Tensor:
+    """Return, for each wanted position, the sum of what all heads of its row have there.
 
     Slots are unordered, and heads may hold different tokens: a head that has evicted one adds 0.
 
@@ -196,19 +198,20 @@ def sum_over_heads(amount: Tensor, positions: Tensor, order: Tensor) -> Tensor:
         amount: ``[B, H, S]``.
         positions: ``[B, H, S]``, -1 where free.
         order: ``[B, H, S]``, the slots in position order, free slots last.
+        wanted: ``[B, N, S]`` positions, those of some of the heads.
     """
-    b, h, s = amount.shape
+    h, s = amount.shape[1:]
     slots = order.to(torch.int64)
     ordered = positions.gather(-1, slots)
     ordered = torch.where(ordered < 0, torch.iinfo(ordered.dtype).max, ordered)
-    by_position, wanted = amount.gather(-1, slots), positions.flatten(1)
-    total = torch.zeros_like(amount).flatten(1)
+    by_position, at = amount.gather(-1, slots), wanted.flatten(1)
+    total = torch.zeros_like(at, dtype=amount.dtype)
     for head in range(h):
         held = ordered[:, head].contiguous()
-        place = torch.searchsorted(held, wanted.contiguous()).clamp(max=s - 1)
-        found = held.gather(1, place) == wanted
+        place = torch.searchsorted(held, at.contiguous()).clamp(max=s - 1)
+        found = held.gather(1, place) == at
         total = total + torch.where(found, by_position[:, head].gather(1, place), 0)
-    return total.view(b, h, s)
+    return total.view(wanted.shape)
 
 
 def smooth(amount: Tensor, order: Tensor, count: Tensor, width: int) -> Tensor:

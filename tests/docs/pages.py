@@ -11,6 +11,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 FENCE = re.compile(r"^(?P<pad> *)```(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=pad)```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: (?P<why>[^>]+) -->\s*$")
+TITLE = re.compile(r"title=\"(?P<title>[^\"]+)\"")
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
 
@@ -23,6 +24,7 @@ class Block:
         line: of its first line of code, from 1.
         language: the first word behind the fence.
         code: without indentation.
+        title: the name of the file that it is, from ``title="..."`` behind the fence; or None.
         prints: the ``text`` block that follows directly, which is what the code prints; or None.
         not_run: why it must not run, from a comment ``<!-- not run: why -->`` before it; or None.
     """
@@ -31,6 +33,7 @@ class Block:
     line: int
     language: str
     code: str
+    title: str | None
     prints: str | None
     not_run: str | None
 
@@ -58,7 +61,9 @@ def blocks(page: Path, *languages: str) -> list[Block]:
             prints = None if between.strip() else _code(following)
         why = NOT_RUN.search(text[: match.start()])
         line = text.count("\n", 0, match.start("body")) + 1
-        made.append(Block(page, line, language, _code(match), prints, why["why"] if why else None))
+        found_title = TITLE.search(match["info"])
+        title = found_title["title"] if found_title else None
+        made.append(Block(page, line, language, _code(match), title, prints, why["why"] if why else None))
     return made
 
 

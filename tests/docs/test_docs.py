@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 import tomllib
 import types
@@ -20,12 +23,14 @@ from typing import Any
 import pytest
 import typer
 from hypothesis import settings
+from torch import distributed
 
 import kvpolicy
 from kvpolicy import Policy, policies
 from kvpolicy.cli import app as cli
 from kvpolicy.cli import default_model
 from tests.docs.pages import PAGES, ROOT, Block, blocks, commands, links, name
+from tests.hf.split import environment as processes
 from tests.models import default_folder
 
 README = ROOT / "README.md"
@@ -91,16 +96,18 @@ def test_blocks_that_do_not_run_are_few() -> None:
 
 
 @pytest.mark.parametrize("page", marked(CONSOLE))
-def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for command in commands(page):
         words = shlex.split(command)
         match words:
             case ["make", *targets]:
                 makefile = (ROOT / "Makefile").read_text("utf-8")
-                known = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+                known = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
                 assert set(targets) <= known, command
             case ["pip", "install", requirement]:
                 assert set(extras(requirement)) <= set(project()["optional-dependencies"]), command
+            case ["torchrun", *options, file]:
+                run_on_processes(page, file, options, tmp_path)
             case ["kvpolicy", "generate", *options]:
                 given = typer.main.get_command(cli.app).commands["generate"]  # type: ignore[attr-defined]
                 values = given.make_context("generate", list(options)).params
@@ -113,6 +120,31 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                 assert cli.run(arguments) == 0, command
             case _:
                 pytest.fail(f"{name(page)}: nobody checks {command!r}; teach this test")
+
+
+def run_on_processes(page: Path, file: str, options: list[str], folder: Path) -> None:
+    """Run the file that a page shows under torchrun, and compare what it prints with what the page says."""
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this torch has no torch.distributed with gloo")
+    block = next(block for block in blocks(page, "python") if block.title == file)
+    (folder / file).write_text(block.code, "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", *options, file]
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=processes(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as started:
+        try:
+            printed, said = started.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # torchrun, and what it has started
+            pytest.fail(f"{block}: {shlex.join(command)} did not end")
+    assert started.returncode == 0, said[-3000:]
+    assert printed == block.prints
 
 
 def extras(requirement: str) -> list[str]:

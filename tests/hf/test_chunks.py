@@ -9,6 +9,7 @@ import torch
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import EvictionCache
+from kvpolicy.adapters.hf.compat import VERSION
 from tests.hf.zoo import zoo
 from tests.models import tiny
 from tests.oracle import Oracle
@@ -41,12 +42,12 @@ def test_generate_in_chunks_is_the_stock_where_nothing_is_evicted() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.skipif(VERSION[0] == "4", reason="transformers 4 decodes the last token of a chunked prompt")
 def test_generate_in_chunks_evicts_between_them() -> None:
     model, ids, policy = tiny("llama", torch.float64), tokens(2, 100), zoo(24)["vase"]
     with EvictionCache(model, policy) as cache:
-        for chunk in ids.split(16, 1):
-            logits = model(chunk, past_key_values=cache).logits[:, -1]
-        expected = [logits.argmax(-1)]
+        logits = [model(chunk, past_key_values=cache).logits[:, -1] for chunk in ids.split(16, 1)]
+        expected = [logits[-1].argmax(-1)]
         for _ in range(19):
             expected.append(model(expected[-1][:, None], past_key_values=cache).logits[:, -1].argmax(-1))
         receipt = cache.receipt()

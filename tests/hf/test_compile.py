@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers.generation import CompileConfig
+from transformers.generation.configuration_utils import CompileConfig
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import EvictionCache
+from tests.families import KINDS
 from tests.hf.test_oracle import padded
 from tests.hf.zoo import zoo
-from tests.models import FAMILIES, real, tiny, tokenizer
+from tests.models import real, tiny, tokenizer
 
 LENGTHS = [40, 33, 9]
 
@@ -39,7 +40,8 @@ def decode(
     with torch.no_grad(), EvictionCache(model, policy, static=static) as cache:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(prompts, attention_mask=mask, position_ids=positions, past_key_values=cache)
-        logits, position, addresses = [out.logits[:, -1]], positions[:, -1:] + 1, None
+        logits, position = [out.logits[:, -1]], positions[:, -1:] + 1
+        addresses: list[list[int]] = []
         for token in text.split(1, 1):
             options = {} if static else {"attention_mask": (mask := torch.cat([mask, torch.ones_like(token)], 1))}
             out = call(token.clone(), position_ids=position.clone(), past_key_values=cache, **options)
@@ -47,12 +49,12 @@ def decode(
             logits.append(out.logits[:, -1].clone())
             position = position + 1
             here = [t.data_ptr() for group in cache.groups for t in group.store.tensors()]
-            assert addresses in (None, here)
-            addresses = here
+            assert not addresses or addresses == [here]
+            addresses = [here]
         return torch.stack(logits, 1), cache.receipt()
 
 
-FULL_ONLY = [family for family in FAMILIES if family not in ("gemma3", "gpt_oss", "gemma2")]
+FULL_ONLY = [family for family in KINDS if family not in ("gemma3", "gpt_oss")]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_one_graph_and_no_other_over_200_tokens(family: str, name: str) -> None:
         assert torch.equal(compiled_receipt.positions(layer), receipt.positions(layer))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FULL_ONLY])
+@pytest.mark.parametrize("family", [family for family in KINDS if family not in FULL_ONLY])
 def test_sliding_layers_count_on_the_host_and_take_few_graphs(family: str) -> None:
     model, policy = tiny(family), zoo(24)["vase"]
     prompts, mask = padded([40, 40], 97)
@@ -98,7 +100,7 @@ def test_rows_of_different_policies_compile_too() -> None:
 
 def compile_config(backend: str) -> CompileConfig:
     config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # type: ignore[assignment]
     return config
 
 

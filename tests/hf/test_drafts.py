@@ -10,12 +10,15 @@ from torch import Tensor
 
 from kvpolicy import UnsupportedError, UsageError
 from kvpolicy.adapters.hf import EvictionCache
+from kvpolicy.adapters.hf.compat import ANNOUNCES_DRAFTS
 from tests.hf.zoo import zoo
 from tests.models import real, tiny, tokenizer
 from tests.oracle import Oracle
 
 DRAFTS = 5
 NAMES = ("vase", "h2o", "snapkv", "tova", "vase_dkv", "streaming_llm", "mixture")
+
+pytestmark = pytest.mark.skipif(not ANNOUNCES_DRAFTS, reason="transformers before 5.14 does not announce drafts")
 
 
 def tokens(rows: int, width: int, seed: int = 0) -> Tensor:
@@ -42,7 +45,7 @@ def compare(model: Any, name: str, rows: int, prompt: int, passes: int, *, budge
                 assert group.store is not None
                 group.store.check_integrity()
             width, seed = 1 + int(torch.randint(0, DRAFTS + 1, (), generator=random)), seed + 1
-        assert min(receipt.evictions) >= 6
+        assert min(cache.receipt().evictions) >= 6
     return worst
 
 
@@ -78,14 +81,6 @@ def test_prompt_lookup_equals_plain_decoding_where_nothing_is_evicted() -> None:
     assert torch.equal(found, expected)
 
 
-def recorded(model: Any, calls: list[tuple[str, int]]) -> list[Any]:
-    """Note how many tokens each forward pass has."""
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        calls.append(("forward", kwargs["input_ids"].shape[1]))
-
-    return [model.register_forward_pre_hook(before, with_kwargs=True)]
-
-
 @pytest.mark.parametrize("name", ["vase", "h2o", "snapkv"])
 def test_prompt_lookup_with_evictions_equals_the_oracle(name: str) -> None:
     model, policy = tiny("llama", torch.float64), zoo(24)[name]
@@ -98,7 +93,7 @@ def test_prompt_lookup_with_evictions_equals_the_oracle(name: str) -> None:
             calls.append(("crop", count))
             crop(count)
 
-        cache.crop = note  # type: ignore[method-assign]
+        cache.crop = note  # type: ignore[method-assign, assignment]
         hook = model.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append(("forward", kwargs["input_ids"])), with_kwargs=True
         )
@@ -110,12 +105,12 @@ def test_prompt_lookup_with_evictions_equals_the_oracle(name: str) -> None:
         oracle = Oracle(model, policy, drafts=DRAFTS)
         for what, given in calls:
             if what == "forward":
-                logits = oracle.forward(given)
+                assert torch.isfinite(oracle.forward(given)).all()
             else:
                 oracle.crop(-given)
         assert any(given < 0 for what, given in calls if what == "crop"), "no draft was taken back"
         assert torch.equal(cache.receipt().positions(0), oracle.kept(0))
-        assert out.shape == (1, 120) and torch.isfinite(logits).all()
+        assert out.shape == (1, 120)
 
 
 @pytest.mark.model
@@ -145,8 +140,16 @@ def tiny_assistant() -> Any:
 
     torch.manual_seed(0)
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=real().config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                    num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+        LlamaConfig(
+            vocab_size=real().config.vocab_size,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     ).eval()
 
 

@@ -15,6 +15,8 @@ from tests.models import FAMILIES, real, tiny, tokenizer
 from tests.oracle import Oracle
 
 ZOO = zoo(24)
+EVERY_POLICY = ("llama", "gemma3", "gpt_oss", "deepseek_v3")
+SOME_POLICIES = ("vase", "h2o", "mixture")
 
 
 def padded(lengths: list[int], vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -53,14 +55,18 @@ def run(model: Any, policy: Policy, tokens: Tensor, mask: Tensor, steps: int) ->
         return worst, scale, min(receipt.evictions)
 
 
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("family", FAMILIES)
+def cases() -> list[tuple[str, str]]:
+    """Return every policy on families that differ in what a policy sees, and three on each other one."""
+    return [(family, name) for family in FAMILIES for name in (ZOO if family in EVERY_POLICY else SOME_POLICIES)]
+
+
+@pytest.mark.parametrize(("family", "name"), cases())
 def test_a_ragged_batch_on_every_family(family: str, name: str) -> None:
     tokens, mask = padded([40, 33, 9], 97)
-    model = tiny(family, torch.float64)
+    model = tiny(family, FAMILIES[family].dtype)
     worst, scale, evictions = run(model, ZOO[name], tokens, mask, 90)
     assert evictions >= 8
-    assert worst <= 1e-9 * max(1.0, scale)
+    assert worst <= FAMILIES[family].tolerance * max(1.0, scale)
 
 
 @pytest.mark.parametrize("name", ZOO)

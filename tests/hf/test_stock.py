@@ -34,7 +34,9 @@ def test_a_budget_beyond_the_length_gives_the_stock_tokens(family: str) -> None:
     tokens = torch.randint(2, 97, (2, 21), generator=torch.Generator().manual_seed(5))
     options = {"max_new_tokens": 60, "do_sample": False}
     expected = model.generate(tokens, **options)
-    for name, policy in zoo(128).items():
+    policies = zoo(128)
+    for name in policies if family == "llama" else ("vase", "h2o"):
+        policy = policies[name]
         with EvictionCache(model, policy) as cache:
             assert torch.equal(model.generate(tokens, **options, past_key_values=cache), expected), name
 

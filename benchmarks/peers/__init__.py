@@ -1,0 +1,1 @@
+"""kvpolicy beside other tools that evict while decoding, in one process and at equal budgets."""
