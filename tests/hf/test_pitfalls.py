@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from kvpolicy import UnsupportedError
@@ -17,7 +16,6 @@ from kvpolicy.adapters.hf import EvictionCache
 from tests.hf.test_oracle import padded
 from tests.hf.zoo import zoo
 from tests.models import tiny
-from tests.oracle import Oracle
 
 ZOO = zoo(24)
 
@@ -32,72 +30,7 @@ def feed(model: Any, cache: Any, ids: Tensor, prompt: int) -> Tensor:
     return torch.stack([model(step, past_key_values=cache).logits[:, -1] for step in steps], 1)
 
 
-# Models
-
-SMALL = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": None,
-}  # fmt: skip
-
-
-def small(name: str, **options: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **options})
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
-
-@pytest.mark.parametrize("name", ["Glm4", "Qwen2", "Qwen3Moe", "Olmo2", "Phi3"])
-def test_models_that_others_refuse_or_only_warn_about(name: str) -> None:
-    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if name == "Qwen3Moe" else {}
-    model = small(name, **options)
-    if options:
-        model.set_experts_implementation("eager")  # the grouped kernels know no float64
-    model, ids = model.to(torch.float64), tokens(2, 70)
-    oracle = Oracle(model, ZOO["vase"])
-    with EvictionCache(model, ZOO["vase"]) as cache:
-        for step in [ids[:, :30], *ids[:, 30:].split(1, 1)]:
-            expected = oracle.forward(step)
-            assert (model(step, past_key_values=cache).logits[:, -1] - expected).abs().max() <= 1e-9
-        for layer in (0, 1):
-            assert torch.equal(cache.receipt().positions(layer), oracle.kept(layer))
-
-
-def test_images_are_tokens_like_others() -> None:
-    torch.manual_seed(0)
-    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16}  # fmt: skip
-    text = {key: value for key, value in SMALL.items() if value is not None}
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", **text, "eos_token_id": None}, vision_config=vision, image_token_index=1
-    )
-    model, ids = transformers.LlavaForConditionalGeneration(config).eval(), tokens(1, 30)
-    ids[0, 6:10] = 1
-    options = {"pixel_values": torch.randn(1, 3, 8, 8), "max_new_tokens": 40, "do_sample": False}
-    expected = model.generate(ids, **options)
-    with EvictionCache(model, zoo(128)["vase"]) as cache:
-        assert torch.equal(model.generate(ids, **options, past_key_values=cache), expected)
-    with EvictionCache(model, ZOO["vase"]) as cache:
-        model.generate(ids, **options, past_key_values=cache)
-        assert cache.receipt().seen == (69,)
-        assert cache.receipt().evictions == (5,)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("DiffLlama", {}, "changes its values between the cache and attention"),
-        ("JetMoe", {"kv_channels": 8, "num_local_experts": 4}, "changes its keys between the cache and attention"),
-        ("GPTJ", {"rotary_dim": 8, "n_embd": 32, "n_head": 4, "n_layer": 2}, "has an attention of its own"),
-        ("Bloom", {"n_head": 4}, "does not use transformers' AttentionInterface"),
-    ],
-)
-def test_models_that_would_be_silently_wrong_are_refused(name: str, options: dict[str, int], message: str) -> None:
-    model = small(name, **options)
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedError, match=message), EvictionCache(model, ZOO["vase"]) as cache:
-        model(tokens(1, 30), past_key_values=cache)
-    assert model.config._attn_implementation == before
+# What is refused
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention"])
@@ -141,23 +74,7 @@ def test_no_row_decides_for_another() -> None:
     assert not torch.equal(together[0], together[1])  # or rows that share one set would not be noticed
 
 
-# Other caches, other ways to decode
-
-
-@pytest.mark.parametrize("implementation", ["quantized", "static", "offloaded"])
-def test_a_second_cache_beside_ours_is_refused(implementation: str) -> None:
-    model, ids = tiny("llama"), tokens(1, 30)
-    with EvictionCache(model, ZOO["vase"]) as cache, pytest.raises(ValueError, match="cache_implementation"):
-        model.generate(ids, cache_implementation=implementation, past_key_values=cache, max_new_tokens=4)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_continuous_batching_is_refused_while_bound(attention: str) -> None:
-    model, ids = tiny("llama"), tokens(1, 30)
-    model.set_attn_implementation(attention)
-    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=96, pad_token_id=0)
-    with EvictionCache(model, ZOO["vase"]), pytest.raises(ValueError, match=r"kvpolicy.* is not supported for contin"):
-        model.generate_batch([ids[0].tolist()], generation_config=config)
+# Beams
 
 
 @pytest.mark.parametrize("name", ["vase", "h2o", "streaming_llm", "random_eviction"])
