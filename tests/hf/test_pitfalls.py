@@ -95,7 +95,7 @@ def test_a_beam_is_its_own_single_run(name: str) -> None:
             new = kwargs["input_ids"]
             histories = torch.cat([histories, new], 1) if histories.numel() else new
 
-        cache.reorder_cache = note_order  # type: ignore[method-assign]
+        cache.reorder_cache = note_order  # type: ignore[method-assign, assignment]
         hook = model.register_forward_pre_hook(note_tokens, with_kwargs=True)
         model.generate(ids, num_beams=4, max_new_tokens=40, do_sample=False, past_key_values=cache)
         hook.remove()

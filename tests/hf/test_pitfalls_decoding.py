@@ -30,7 +30,7 @@ from kvpolicy import (
 )
 from kvpolicy.adapters.hf import EvictionCache, replay
 from kvpolicy.policies import snapkv
-from tests.hf.probe import Probe, probed
+from tests.hf.probe import Probe, asked, probed
 from tests.hf.test_oracle import padded
 from tests.hf.test_pitfalls import feed, tokens
 from tests.hf.zoo import zoo
@@ -77,13 +77,13 @@ def test_every_query_keeps_its_own_rotation() -> None:
     with EvictionCache(model, probed(views, window=16, budget=24, interval=8)) as cache:
         feed(model, cache, ids, 40)
     expected, _ = rotated(model, ids)
-    assert len(views) >= 8
+    assert len(views.of_layer(0)) >= 8
     for view in views.of_layer(0):
-        at = view.query_positions[0].long()
+        queries, (at,) = asked(view)
         assert at.tolist() == list(range(int(view.seen) - 16, int(view.seen)))
-        assert (view.queries[0] - expected[:, at]).abs().max() <= 1e-12
+        assert (queries[0] - expected[:, at]).abs().max() <= 1e-12
         at_one_angle = rotated(model, ids, torch.full((1, 120), int(view.seen) - 1))[0][:, at]
-        assert (view.queries[0] - at_one_angle).abs().max() > 1e-2  # the fault would be seen
+        assert (queries[0] - at_one_angle).abs().max() > 1e-2  # the fault would be seen
 
 
 def test_every_slot_holds_the_key_of_its_position() -> None:
@@ -126,17 +126,17 @@ def test_a_policy_is_told_where_the_future_begins() -> None:
     told = [view.seen.tolist() for view in views.of_layer(1)]
     assert told == [[40 + n, 29 + n] for n in range(0, 41, 8)]
     for view in views.of_layer(1):
-        assert torch.equal(view.query_positions[:, -1].long() + 1, view.seen)
+        assert torch.equal(asked(view)[1][:, -1] + 1, view.seen)
         assert torch.equal(view.positions.amax((1, 2)).long() + 1, view.seen)
 
 
 def test_lengths_are_told_in_tokens_seen() -> None:
     """Without positions from the caller, transformers counts on from what the cache says."""
     model, ids = tiny("llama", torch.float64), tokens(1, 80)
-    asked: list[int] = []
+    places: list[int] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        asked.extend(kwargs.get("position_ids", args[-1]).flatten().tolist())
+        places.extend(kwargs.get("position_ids", args[-1]).flatten().tolist())
 
     hook = model.model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
     with EvictionCache(model, ZOO["vase"]) as cache:
@@ -144,7 +144,7 @@ def test_lengths_are_told_in_tokens_seen() -> None:
         assert cache.get_seq_length() == 80
         assert cache.receipt().slots[0] < 33
     hook.remove()
-    assert asked == list(range(80))
+    assert places == list(range(80))
 
 
 # State
