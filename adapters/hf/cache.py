@@ -236,13 +236,14 @@ class EvictionCache(Cache, binding.Evicting):
         if decoder is not self._decoder_binding.decoder:
             raise UsageError("this EvictionCache is bound to another model; make one for this model")
         self._check_whole()
-        self._settle()
         told, self._told = self._told, None
         if told is not None and isinstance(arguments.get("attention_mask"), dict):
             arguments = {**arguments, "attention_mask": told[0]}
         if not self.columns:
             self._insist_on_one_prompt(arguments)
-        self._step = open_step(self, arguments)
+        step = open_step(self, arguments)
+        self._settle()  # only now: a refused pass changes nothing
+        self._step = step
         # Slots count only once a step is finished; layers left alone have moved on by then.
         self._failed = not self._step.decoding or len(self._group_of) < len(self.layers)
 
