@@ -381,11 +381,11 @@ class Store:
             origins = [source._band_of(r) for r in named]
             slot_aligned = {id(tensor) for tensor in band.slots()}
             for number, mine in enumerate(band.tensors()):
-                theirs = [
+                parts = [
                     _by_layer(origin.tensors()[number], layers)[:, r - origin.first]
                     for origin, r in zip(origins, named, strict=True)
                 ]
-                whole = torch.stack(theirs, 1).flatten(0, 1)
+                whole = torch.stack(parts, 1).flatten(0, 1)
                 mine.copy_(whole[:, :, :size] if id(mine) in slot_aligned else whole)
 
     def reset(self) -> None:

@@ -192,6 +192,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.unbind()
 
     def _rows_are_their_oracles(self) -> None:
+        if self.drafts:
+            self.cache.crop(0)  # what is there may stay
         receipt = self.cache.receipt()
         for row, history in enumerate(self.histories):
             oracle = Oracle(model(), self.policies[row], seeds=[self.seeds[row]], drafts=self.drafts)
