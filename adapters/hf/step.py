@@ -196,23 +196,25 @@ class Step:
                     f"layer {min(missing)} did not attend through kvpolicy in this forward pass; "
                     "was set_attn_implementation() called while the cache was bound?"
                 )
-            before, turn = self._advance(group, group.store)
+            before, turned = self._advance(group, group.store)
             if self.cache.max_draft_tokens:
-                group.unsettled = before, turn
+                group.unsettled = before, turned
             else:
-                group.evict_after(before, turn)
+                group.evict_after(before, turned)
 
-    def _advance(self, group: Group, store: Store) -> tuple[list[Row], bool]:
-        """Make the new tokens count; return the rows before them, or after a cut, and whether a cut is to come."""
+    def _advance(self, group: Group, store: Store) -> tuple[list[Row], list[bool]]:
+        """Make the new tokens count; return each row before them, or after a cut, and whether a cut is to come."""
         if self.decoding:
             before = store.rows
             store.advance([row.advanced(n, decoding=True) for row, n in zip(before, self.counts, strict=True)])
-            return before, False
+            return before, [False] * len(before)
         before = self._turned[id(group)]
         filled = _over_budget(before, store)
+        fits = [row.length <= plan.budget for row, plan in zip(before, store.plans, strict=True)]
         before = _cut(before, store) if filled else before
         store.advance([row.advanced(self.tail, decoding=True) for row in before] if self.tail else before)
-        return before, not filled
+        # Where one row was cut, all were shown to their policies; only the tail may make another one due.
+        return before, fits if self.tail or not filled else [False] * len(fits)
 
 
 def _same(given: Tensor | None, used: Tensor) -> bool:
