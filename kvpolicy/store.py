@@ -353,7 +353,9 @@ class Store:
         """
         policies = [self._band_of(r).policy for r in requests]
         plans, rows = [self.plans[r] for r in requests], [replace(self.rows[r]) for r in requests]
-        new = Store(policies, plans, self.spec, self.layers, rows, self.drafts)
+        capacity = max(plan.capacity for plan in plans) + self.drafts
+        spec = replace(self.spec, capacity=capacity)
+        new = Store(policies, plans, spec, self.layers, rows, self.drafts)
         new._copy_rows(self, requests)
         return new
 
@@ -361,23 +363,30 @@ class Store:
         return next(band for band in self.bands if band.first <= request < band.stop)
 
     def _copy_rows(self, source: Store, requests: Sequence[int]) -> None:
-        """Replace the tensors of every row by those of the rows that are named of a store, which may be this one."""
-        at = torch.tensor(list(requests), device=self.spec.device)
-        slots = [(*store.arenas, store.positions, store.order) for store in (self, source)]
-        for mine, theirs in zip(*slots, strict=True):
-            mine.copy_(theirs.index_select(1, at))
+        """Replace the tensors of every row by those of the rows that are named of a store, which may be this one.
+
+        Slots in use lie at the front, so a store with fewer slots, whose rows never use more, takes them all.
+        """
+        at, size = torch.tensor(list(requests), device=self.spec.device), self.spec.capacity
+        for mine, theirs in zip((*self.arenas, self.positions), (*source.arenas, source.positions), strict=True):
+            mine.copy_(theirs.index_select(1, at)[:, :, :, :size])
+        slots = torch.arange(size, device=self.spec.device, dtype=self.order.dtype)
+        used = torch.tensor([source.rows[r].length for r in requests], device=self.spec.device)[:, None, None]
+        self.order.copy_(torch.where(slots < used, source.order.index_select(1, at)[..., :size], slots))
         layers = len(self.layers)
         _by_layer(self.broken, layers).copy_(_by_layer(source.broken, layers).index_select(1, at))
         self.window.copy_rows(source.window, at)
         for band in self.bands:
             named = requests[band.first : band.stop]
             origins = [source._band_of(r) for r in named]
+            slot_aligned = {id(tensor) for tensor in band.slots()}
             for number, mine in enumerate(band.tensors()):
-                theirs = [
+                parts = [
                     _by_layer(origin.tensors()[number], layers)[:, r - origin.first]
                     for origin, r in zip(origins, named, strict=True)
                 ]
-                mine.copy_(torch.stack(theirs, 1).flatten(0, 1))
+                whole = torch.stack(parts, 1).flatten(0, 1)
+                mine.copy_(whole[:, :, :size] if id(mine) in slot_aligned else whole)
 
     def reset(self) -> None:
         """Forget everything but the requests' names and seeds; modifies every tensor, in place."""

@@ -120,10 +120,19 @@ class QueryWindow:
         self.at = [(at - count) % self.size for at, count in zip(self.at, counts, strict=True)]
 
     def copy_rows(self, source: QueryWindow, requests: Tensor) -> None:
-        """Replace every request by the one that ``requests`` names of a window, which may be this one."""
-        self.queries.copy_(source.queries.index_select(1, requests))
-        self.positions.copy_(source.positions.index_select(1, requests))
-        self.at = [source.at[r] for r in requests.tolist()]
+        """Replace every request by the one that ``requests`` names of a window, which may be this one.
+
+        Of a larger window, the newest queries are taken.
+        """
+        queries, positions = source.queries.index_select(1, requests), source.positions.index_select(1, requests)
+        at = [source.at[r] for r in requests.tolist()]
+        if self.size < source.size:
+            queries, positions = oldest_first(queries, positions, at)
+            first = source.size - self.size
+            queries, positions, at = queries[:, :, :, first:], positions[:, :, first:], [0] * len(at)
+        self.queries.copy_(queries)
+        self.positions.copy_(positions)
+        self.at = at
 
     def nbytes(self) -> int:
         """Return the bytes of queries and positions."""

@@ -18,7 +18,7 @@ from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
 
 if TYPE_CHECKING:
-    from kvpolicy.adapters.hf.cache import EvictionCache
+    from kvpolicy.adapters.hf.passes import Passes
 
 __all__ = ["Step", "open_step"]
 
@@ -39,7 +39,7 @@ class Step:
         last: the position that the model gives each row's newest token, if it is told.
     """
 
-    cache: EvictionCache
+    cache: Passes
     width: int
     counts: list[int]
     decoding: bool
@@ -230,7 +230,7 @@ def _cut(rows: Sequence[Row], store: Store) -> list[Row]:
     return [row.evicted(min(row.length, plan.budget), plan.recent) for row, plan in pairs]
 
 
-def open_step(cache: EvictionCache, given: dict[str, Any]) -> Step:
+def open_step(cache: Passes, given: dict[str, Any]) -> Step:
     """Return the step that a forward pass with these arguments is.
 
     Raises:
@@ -246,7 +246,7 @@ def open_step(cache: EvictionCache, given: dict[str, Any]) -> Step:
     return Step(cache, new.width, new.counts, decoding, tail, new.last)
 
 
-def _kind(cache: EvictionCache, new: arguments.Arguments) -> tuple[bool, int]:
+def _kind(cache: Passes, new: arguments.Arguments) -> tuple[bool, int]:
     """Return whether the new tokens are decoded, and how many at the end of a turn are."""
     drafts, end, columns = cache.max_draft_tokens, cache.prompt_length, cache.columns
     if end is None:

@@ -109,10 +109,9 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def reorder(self, data: st.DataObject) -> None:
-        alike = [
-            [r for r, other in enumerate(self.policies) if self._same_band(r, row)] for row in range(len(self.policies))
-        ]
-        named = [data.draw(st.sampled_from(rows)) for rows in alike]
+        rows = range(len(self.policies))
+        alike = [[r for r in rows if self._same_band(r, row)] for row in rows]
+        named = [data.draw(st.sampled_from(like)) for like in alike]
         self.cache.reorder_cache(torch.tensor(named))
         self._renamed(named)
 
@@ -169,7 +168,7 @@ class CacheMachine(RuleBasedStateMachine):
         ):  # fmt: skip
             with pytest.raises(UsageError):
                 model()(**wrong, past_key_values=self.cache)
-        with pytest.raises(UsageError, match="certainly|would remove"):
+        with pytest.raises(UsageError, match=r"certainly|would remove"):
             self.cache.crop(-100)
         assert self.cache.receipt() == before
 
@@ -193,6 +192,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.unbind()
 
     def _rows_are_their_oracles(self) -> None:
+        if self.drafts:
+            self.cache.crop(0)  # what is there may stay
         receipt = self.cache.receipt()
         for row, history in enumerate(self.histories):
             oracle = Oracle(model(), self.policies[row], seeds=[self.seeds[row]], drafts=self.drafts)
@@ -210,4 +211,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCache = CacheMachine.TestCase
 THOROUGH = os.environ.get("KVPOLICY_HYPOTHESIS") == "thorough"
-TestCache.settings = settings(max_examples=10_000 if THOROUGH else 60, stateful_step_count=15, deadline=None)
+TestCache.settings = settings(max_examples=10_000 if THOROUGH else 200, stateful_step_count=15, deadline=None)

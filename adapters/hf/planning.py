@@ -1,0 +1,93 @@
+"""What is followed, and the sizes that follow from it: policies and plans, checked when they are bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvpolicy.errors import BindError, UnsupportedError
+from kvpolicy.policy import EvictionPolicy, LayerPlan, Plan
+from kvpolicy.stage import Chain, Stage
+
+__all__ = ["by_plan", "checked", "integers", "names", "plans_of_layers"]
+
+OFFERS = frozenset({"queries", "every_query", "cross_heads"})  #: what this adapter can give a policy
+
+
+def checked(policy: EvictionPolicy | Sequence[EvictionPolicy]) -> tuple[EvictionPolicy, ...]:
+    """Return the policies, one object for equal ones, or say why one of them cannot be followed here."""
+    if isinstance(policy, Sequence) and not isinstance(policy, str):
+        if not policy:
+            raise BindError("an empty list of policies: give one policy, or one for each row of the batch")
+        found: list[EvictionPolicy] = []
+        for one in policy:
+            same = next((other for other in found if other == one), one)
+            found.append(_checked_one(same))
+        return tuple(found)
+    return (_checked_one(policy),)
+
+
+def _checked_one(policy: EvictionPolicy) -> EvictionPolicy:
+    """Return the policy, or say why it is none, or why transformers cannot give what it needs."""
+    if isinstance(policy, Stage | Chain):
+        raise BindError(f"{policy!r} is not a policy yet; write Policy({policy!r})")
+    if isinstance(policy, str):
+        raise BindError(f"{policy!r} is a text; write Policy.parse({policy!r})")
+    if isinstance(policy, type) or not isinstance(policy, EvictionPolicy):
+        raise BindError(
+            f"{policy!r} is not an EvictionPolicy: write one with vase(1024) or Policy(...), or give your class the "
+            "attribute needs and the methods plan(model), init(spec, rows) and select(view, state)"
+        )
+    missing = policy.needs - OFFERS
+    if missing:
+        raise UnsupportedError(
+            f"{policy!r} needs {', '.join(sorted(missing))}, which the transformers adapter cannot give; "
+            f"it gives {', '.join(sorted(OFFERS))}"
+        )
+    return policy
+
+
+def names(policies: Sequence[EvictionPolicy]) -> str:
+    """Return the policies in words, each once."""
+    return " and ".join(dict.fromkeys(repr(policy) for policy in policies))
+
+
+def integers(name: str, given: Sequence[int] | None) -> list[int] | None:
+    """Return one 64-bit integer a row, or None where nothing is given."""
+    if given is None:
+        return None
+    numbers = list(given) if isinstance(given, Sequence) else [None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and -(2**63) <= n < 2**63 for n in numbers):
+        raise BindError(f"{name}={given!r}: write one 64-bit integer for each row of the batch")
+    return [int(n) for n in numbers if n is not None]
+
+
+def plans_of_layers(plans: Sequence[Plan], evicting: tuple[int, ...]) -> dict[int, tuple[LayerPlan, ...] | None]:
+    """Return the plans of each layer, one a policy, or None where it is left alone."""
+    found: dict[int, tuple[LayerPlan, ...] | None] = {}
+    for plan in plans:
+        if len(plan.layers) != len(evicting):
+            raise BindError(
+                f"the policy planned {len(plan.layers)} layers, and the model has {len(evicting)} that evict"
+            )
+    for number, layer in enumerate(evicting):
+        of_layer = tuple(plan.layers[number] for plan in plans)
+        given = tuple(one for one in of_layer if one is not None)
+        if given and len(given) < len(of_layer):
+            raise UnsupportedError(
+                f"one policy of the batch leaves layer {layer} alone and another does not; policies of one batch must "
+                "leave the same layers alone"
+            )
+        found[layer] = given or None
+    return found
+
+
+def by_plan(
+    group: tuple[int, ...], by_layer: dict[int, tuple[LayerPlan, ...] | None]
+) -> dict[tuple[LayerPlan, ...], list[int]]:
+    """Return the layers of a device that evict, by their plans: those of one plan share an arena."""
+    same: dict[tuple[LayerPlan, ...], list[int]] = {}
+    for layer in group:
+        plans = by_layer[layer]
+        if plans is not None:
+            same.setdefault(plans, []).append(layer)
+    return same
