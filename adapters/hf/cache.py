@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
@@ -214,6 +214,12 @@ class EvictionCache(Passes):
     def __deepcopy__(self, memo: dict[int, Any]) -> EvictionCache:
         """Return a fork of all rows: what transformers' recipes for a shared prompt ask for."""
         return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied without memory of its own."""
+        raise UsageError(
+            "an EvictionCache is bound to a model in this process: write cache.fork(), or cache.save(path)"
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what the cache holds into a safetensors file, whole or not at all.

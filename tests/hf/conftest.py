@@ -8,12 +8,18 @@ import torch
 from packaging.version import Version
 
 from kvpolicy.adapters.hf.compat import VERSION
+from tests.families import KINDS
 
 #: Families that ``DynamicCache`` holds only since a version of transformers, and where their cache was before.
 SINCE = {"qwen3_next": ("5.5", "keeps its cache in a class of its own")}
 
-#: The policies that other versions of transformers run, too: one asks queries at its evictions, one asks every query.
+#: What other versions of transformers run, too: one family of each kind of cache, two policies (one asks queries at
+#: its evictions, one asks every query), and the files that ask transformers for something.
 FEW = {"vase", "h2o"}
+FILES = {
+    *("test_versions", "test_stock", "test_oracle", "test_batches", "test_use", "test_drafts", "test_chunks"),
+    *("test_replay", "test_rows", "test_copies", "test_compile"),
+}
 
 
 def parameter(item: Any, name: str) -> Any:
@@ -22,7 +28,8 @@ def parameter(item: Any, name: str) -> Any:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     dear = any(item.get_closest_marker(name) for name in ("model", "slow", "gpu"))
-    if not dear and parameter(item, "name") in {None, *FEW}:
+    plain = parameter(item, "name") in {None, *FEW} and parameter(item, "family") in {None, *KINDS}
+    if not dear and plain and item.path.stem in FILES:
         item.add_marker(pytest.mark.versions)
 
 

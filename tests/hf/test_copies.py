@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,13 @@ def test_files_that_are_no_cache(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="format 9, and this version"):
         EvictionCache.load(tmp_path / "new", model)
     assert [path.name for path in tmp_path.glob("*.part")] == []
+
+
+def test_pickles_and_shallow_copies_are_refused() -> None:
+    with EvictionCache(tiny("llama"), ZOO["vase"]) as cache:
+        for make in (copy.copy, pickle.dumps):
+            with pytest.raises(UsageError, match=r"write cache.fork\(\), or cache.save\(path\)"):
+                make(cache)
 
 
 def test_what_cannot_be_forked() -> None:

@@ -138,11 +138,12 @@ def check(model: Any) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
 def test_weights_quantised_by_torch_alone(family: str) -> None:
     """Linear layers whose weight is no tensor: what needs a weight, latent attention, asks the layer instead."""
-    from torch.ao.quantization import quantize_dynamic
+    from torch.ao.quantization import quantize_dynamic  # pyright: ignore[reportDeprecated]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and still there
-        model = quantize_dynamic(tiny(family), {nn.Linear}, dtype=torch.qint8)
+        make = quantize_dynamic  # pyright: ignore[reportDeprecated]
+        model = make(tiny(family), {nn.Linear}, dtype=torch.qint8)
     quantised = [module for module in model.modules() if type(module).__module__.startswith("torch.ao.")]
     assert len(quantised) >= 12
     check(model)
