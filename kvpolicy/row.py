@@ -15,8 +15,8 @@ class Row:
         length: slots in use.
         settled: slots that the policy has seen; those behind were appended since, in order.
         seen: tokens, which is the position of the next one.
-        prompt: tokens before the first one-token step.
-        decoded: one-token steps since the last turn of several tokens.
+        prompt: tokens before the first decoded one.
+        decoded: tokens decoded since the last turn.
         evictions: so far.
         intact: the position from which on no head has evicted anything.
         request: keys randomness.
@@ -34,7 +34,7 @@ class Row:
     seed: int = 0
 
     def advanced(self, count: int, *, decoding: bool) -> Row:
-        """Return this row after ``count`` more tokens: a step of one, or a turn of several."""
+        """Return this row after ``count`` more tokens, which are decoded, or a turn."""
         prompt = self.prompt + count if not decoding and self.prompt == self.seen else self.prompt
         return replace(
             self,

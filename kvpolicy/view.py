@@ -78,7 +78,7 @@ class View:
         budget: ``[B, H]`` int64, slots to keep; a row that is not due has its length here.
         lengths: ``[B, H]`` int64, slots in use.
         seen: ``[B]`` int64, tokens seen, which is the position of the next one.
-        prompt_length: ``[B]`` int64, tokens before the first one-token step.
+        prompt_length: ``[B]`` int64, tokens before the first decoded one.
         evictions: ``[B]`` int64, evictions of each row so far.
         request: ``[B]`` int64, keys randomness; 0 unless the caller sets it.
         seed: ``[B]`` int64, keys randomness; 0 unless the caller sets it.

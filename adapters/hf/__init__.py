@@ -1,4 +1,4 @@
-"""Hugging Face transformers: pass an ``EvictionCache`` as ``past_key_values``."""
+"""Hugging Face transformers: pass an ``EvictionCache`` as ``past_key_values``, or ``cache`` since 5.24."""
 
 from kvpolicy.adapters.hf.cache import EvictionCache
 from kvpolicy.adapters.hf.replay import Replay, replay

@@ -29,7 +29,8 @@ __all__ = ["EvictionCache"]
 class EvictionCache(Passes):
     """Keep a fixed number of key-value pairs for each head, and forget the rest as a policy says.
 
-    Pass it as ``past_key_values`` to the model that it is bound to, or to ``model.generate()``.
+    Pass it as ``past_key_values`` to the model that it is bound to, or to ``model.generate()``;
+    since transformers 5.24 as ``cache``, of which the former is a deprecated name.
     While bound, the model uses an attention function of kvpolicy; with an ordinary cache, or none,
     it gives what it gave before. Leaving a ``with`` block, or :meth:`unbind`, restores the model.
 
@@ -45,9 +46,9 @@ class EvictionCache(Passes):
             holds as many slots and queries more. A later forward pass of at most one token more is
             then a draft: what :meth:`crop` leaves of it counts as decoded, and is evicted only then.
             Of a longer pass, the last so many tokens count as decoded, since they may be drafts.
-        prompt_length: columns of the prompt, pads among them, where the first token after it cannot
-            tell: a prompt given in chunks whose last one is a single token, or known text behind it
-            that several tokens at a time are fed of. All that follows counts as decoded.
+        prompt_length: columns of the prompt, pads among them, where its end cannot be told: a prompt
+            in chunks whose last one is a single token, or known text behind it that is fed several
+            tokens at a time. All that follows counts as decoded.
         static: let decoding have fixed shapes, so that ``torch.compile`` and ``generate()`` make one
             graph of it; all slots are attended to, and those in use are told by a mask.
         seeds: of each request's randomness; all 0 by default, so that a row of a batch equals its
