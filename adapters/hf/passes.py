@@ -313,6 +313,11 @@ class Passes(Cache, binding.Evicting):
             raise UsageError(f"crop({tokens_to_remove}): no token has been seen yet")
         count = compat.tokens_to_remove(self.columns, tokens_to_remove, to_length=True)
         self._check_whole()
+        if count > self.max_draft_tokens > 0:
+            raise UsageError(
+                f"crop({tokens_to_remove}): {count} tokens were drafted, and slots are set aside for "
+                f"{self.max_draft_tokens}; write EvictionCache(..., max_draft_tokens={count}) or more"
+            )
         for store in stores:
             store.check_crop([count] * len(store.rows))
         for layer in self._others():
