@@ -306,8 +306,8 @@ class Store:
         certain = min(row.seen - row.intact for row in self.rows)
         if not all(0 <= count <= row.seen - row.intact for row, count in zip(self.rows, counts, strict=True)):
             raise UsageError(
-                f"crop({max(counts)}): only the newest {certain} tokens are certainly still in every head; "
-                "crop fewer, or reset() and begin again"
+                f"{max(counts)} tokens cannot be taken back: only the newest {certain} are certainly still in every "
+                "head; take back fewer, or reset() and begin again"
             )
 
     def _drop_newest(self, counts: Sequence[int], left: Sequence[int]) -> None:
@@ -340,7 +340,10 @@ class Store:
         if len(named) != len(self.rows) or not all(0 <= r < len(self.rows) for r in named):
             raise UsageError(f"reorder({named}): name one of the {len(self.rows)} rows for each of them")
         if any(not all(band.first <= r < band.stop for r in named[band.first : band.stop]) for band in self.bands):
-            raise UsageError(f"reorder({named}): a row can only become one that follows the same policy")
+            raise UsageError(
+                f"reorder({named}): a row can only become one that follows the same policy; give the beams of a prompt "
+                "one policy"
+            )
         self._copy_rows(self, named)
         self.rows = [replace(self.rows[r]) for r in named]
         self._ends = None

@@ -35,7 +35,8 @@ class Oracle:
     """Decode with a full cache, hiding what the policy has evicted.
 
     With ``drafts``, later passes of up to one token more are drafts: :meth:`crop` takes some back,
-    and only then is anything evicted. Of a longer pass, the last ``drafts`` tokens are decoded ones.
+    and only then is anything evicted. Of a longer pass, the last ``drafts`` tokens are decoded ones, and
+    the turn ends before them.
     """
 
     model: Any
@@ -57,7 +58,7 @@ class Oracle:
         self.history: list[dict[int, Tensor]] = []
         self.unsettled: dict[int, tuple[Tensor, Tensor, Any]] = {}
         self.in_prompt = True
-        self.turn_done = False  # a turn was cut, but for the tokens that may be drafts
+        self.turn_done = False  # a turn has ended, but for the tokens that may be drafts
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, **image: Any) -> Tensor:
         """Return the logits of the last token of each row, ``[R, vocabulary]``.
@@ -150,18 +151,11 @@ class Oracle:
         whole, hidden = self.valid, held.alive[:, :, end:]
         early = Layer(held.alive[:, :, :end], held.positions[:, :end], held.queries[:, :, :end],
                       held.query_positions[:, :end], held.state, held.evictions, held.told)  # fmt: skip
-        self.turn_done = False
-        if self.over(early, layer):
-            self.valid = whole[:, :end]
-            self.evict(layer, early, keys[:, :, :end], values[:, :, :end], kwargs)
-            self.valid = whole
-            held.state, held.told = early.state, early.told
-            held.alive = torch.cat([early.alive, hidden], 2)
-            self.turn_done = True
-
-    def over(self, held: Layer, layer: int) -> bool:
-        plan = self.plan.layers[self.evicting.index(layer)]
-        return bool((held.alive[:, 0].sum(-1) > plan.budget).any())
+        self.valid, self.turn_done = whole[:, :end], False
+        self.evict(layer, early, keys[:, :, :end], values[:, :, :end], kwargs)
+        self.valid, self.turn_done = whole, True
+        held.state, held.told = early.state, early.told
+        held.alive = torch.cat([early.alive, hidden], 2)
 
     def crop(self, count: int) -> None:
         """Take back the last tokens, and evict where it is due."""

@@ -22,13 +22,14 @@ class Arguments:
         requests: rows.
         width: columns, pads among them.
         counts: new tokens of each row.
-        last: the position that the model gives each row's newest token, if it is told.
+        last: the position that the model gives each row's newest token: told, or one number for all
+            where the model counts columns itself; None where it is no single number.
     """
 
     requests: int
     width: int
     counts: list[int]
-    last: Tensor | None
+    last: Tensor | int | None
 
 
 def read(arguments: dict[str, Any], columns: int, seen: Sequence[int]) -> Arguments:
@@ -61,11 +62,13 @@ def read(arguments: dict[str, Any], columns: int, seen: Sequence[int]) -> Argume
             "a batch keeps its size until reset()"
         )
     counts = _counts(arguments.get("attention_mask"), columns, width, list(seen) if columns else [0] * requests)
-    return Arguments(requests, width, counts, _last(arguments.get("position_ids"), requests))
+    return Arguments(requests, width, counts, _last(arguments.get("position_ids"), requests, columns + width - 1))
 
 
-def _last(positions: Any, requests: int) -> Tensor | None:
+def _last(positions: Any, requests: int, column: int) -> Tensor | int | None:
     """Return the position that the model gives each row's newest token, where it is one number."""
+    if positions is None:
+        return column
     if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
         positions = positions[0]  # of the text; behind it, where a token stands in an image
     if not isinstance(positions, Tensor) or positions.dim() != 2:
@@ -73,14 +76,21 @@ def _last(positions: Any, requests: int) -> Tensor | None:
     return positions[:, -1].expand(requests)
 
 
-def check_continues(before: Tensor | None, now: Tensor | None, counts: Sequence[int]) -> None:
-    """Refuse a new prompt on a used cache: its positions begin again."""
-    if before is None or now is None:
+def check_continues(before: Tensor | int | None, new: Arguments, *, padded: bool) -> None:
+    """Refuse a new prompt on a used cache: its positions begin again.
+
+    Args:
+        before: the position of each row's newest token so far.
+        new: what the forward pass brings.
+        padded: whether some columns seen were pads, so that a column is no position.
+    """
+    if before is None or not isinstance(new.last, Tensor) or (isinstance(before, int) and padded):
         return
-    for r, (old, new, count) in enumerate(zip(before.tolist(), now.tolist(), counts, strict=True)):
-        if new != old + count:
+    known = [before] * new.requests if isinstance(before, int) else before.tolist()
+    for r, (old, now, count) in enumerate(zip(known, new.last.tolist(), new.counts, strict=True)):
+        if now != old + count:
             raise UsageError(
-                f"row {r} brings {count} tokens that end at position {new}, and the cache's last token is at {old}; "
+                f"row {r} brings {count} tokens that end at position {now}, and the cache's last token is at {old}; "
                 "reset() the cache for a new prompt, or continue with the whole conversation"
             )
 

@@ -184,6 +184,11 @@ def bind(model: PreTrainedModel) -> Binding:
     binding = _bindings.get(decoder)
     if binding is None or binding.users == 0:
         original = decoder.config._attn_implementation
+        if original.startswith("kvpolicy"):
+            raise UnsupportedError(
+                f"this {type(model).__name__} was copied while another one was bound, and attends like that one; write "
+                "model.set_attn_implementation('sdpa') first"
+            )
         if original not in SUPPORTED:
             raise UnsupportedError(
                 f"{type(model).__name__} uses attn_implementation={original!r}; load it with "

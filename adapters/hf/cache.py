@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy import _check
@@ -180,9 +181,13 @@ class EvictionCache(Passes):
         self.step()
         self._check_whole()
         count = self.num_requests
-        named = list(range(count)) if requests is None else list(requests)
-        if not count or not named or not all(isinstance(r, int) and 0 <= r < count for r in named):
-            raise UsageError(f"fork({requests!r}): the cache holds {count} requests; name some of them by their rows")
+        if not count:
+            raise UsageError("no token has been seen yet: there is nothing to fork")
+        named = list(range(count)) if requests is None else list(requests) if isinstance(requests, Sequence) else []
+        if not named or not all(isinstance(r, int) and 0 <= r < count for r in named):
+            raise UsageError(
+                f"fork({requests!r}): the cache holds {count} requests; name some of them, as fork([0, 0, {count - 1}])"
+            )
         given = planning.integers("seeds", seeds)
         if given is not None and len(given) != len(named):
             raise UsageError(f"seeds names {len(given)} requests, and the fork has {len(named)} rows")
@@ -207,7 +212,7 @@ class EvictionCache(Passes):
         new.options = {**self.options, "seeds": new._seeds, "requests": new._requests}
         new._acquire()
         new.columns_seen = self.columns_seen.clone()
-        last = None if self.last is None else self.last[torch.tensor(named, device=self.last.device)]
+        last = self.last[torch.tensor(named, device=self.last.device)] if isinstance(self.last, Tensor) else self.last
         new.continue_at(self.columns, last)
         return new
 
@@ -249,7 +254,8 @@ class EvictionCache(Passes):
 
         Args:
             path: of the file.
-            model: the one that it was saved with: its kind, configuration, dtype and weights are checked.
+            model: the one that it was saved with: its kind, configuration, dtype and a sample of each weight
+                are checked.
             policy: what it followed; needed where its text cannot be read, being a third party's.
 
         Raises:

@@ -194,6 +194,8 @@ def tokens_to_remove(seen: int, argument: int, *, to_length: bool = CROPS_TO_LEN
     Raises:
         UsageError: the argument is positive where it must not be, or more would go than was seen.
     """
+    if not isinstance(argument, int):
+        raise UsageError(f"crop({argument!r}): write a number of tokens to remove, as crop(-1)")
     if argument > 0 and not to_length:
         raise UsageError(f"crop({argument}) is not a number of tokens to remove; write crop(-{argument})")
     removed = max(0, seen - argument) if argument > 0 else -argument

@@ -35,8 +35,7 @@ class Group:
         latents: how each layer expands its latents, where that is what it caches.
         store: allocated when the first tokens come.
         logits: what each layer's attention was last called with.
-        unsettled: the rows as they were before tokens that may still be taken back, and for each
-            whether those end a turn that was not cut.
+        unsettled: the rows as they were before tokens that may still be taken back.
         static: where compiled code finds the next slots, or None.
         turn_nbytes: what the largest turn so far held of one layer, besides the slots.
     """
@@ -50,7 +49,7 @@ class Group:
     latents: dict[int, Latent]
     store: Store | None = None
     logits: dict[int, dict[str, Any]] = field(default_factory=dict)
-    unsettled: tuple[list[Row], list[bool]] | None = None
+    unsettled: list[Row] | None = None
     static: StaticSlots | None = None
     turn_nbytes: int = 0
 
@@ -68,8 +67,7 @@ class Group:
         plans = tuple(self.plans[r] for r in requests) if len(self.plans) > 1 else self.plans
         unsettled = None
         if self.unsettled is not None:
-            before, turned = self.unsettled
-            unsettled = [before[r] for r in requests], [turned[r] for r in requests]
+            unsettled = [self.unsettled[r] for r in requests]
         store = None if self.store is None else self.store.fork(requests)
         logits = dict(self.logits)
         return replace(self, plans=plans, store=store, logits=logits, unsettled=unsettled, static=None)
@@ -82,17 +80,17 @@ class Group:
         order = self.store.order[..., : self.store.longest].to(torch.int64)
         return dict(zip(self.layers, self.store.positions.gather(-1, order).cpu(), strict=True))
 
-    def evict_after(self, before: Sequence[Row], turned: Sequence[bool]) -> None:
+    def evict_after(self, before: Sequence[Row], *, turn: bool) -> None:
         """Evict where it is due, now that the tokens since ``before`` are there to stay.
 
-        A row is due at the end of a turn that was not cut, and where its count of decoded tokens has
-        reached another multiple of the interval.
+        A row is due at the end of a turn, and where its count of decoded tokens has reached another
+        multiple of the interval.
         """
         store = self.store
         assert store is not None
         at_end = [
             turn or (plan.interval is not None and row.decoded // plan.interval > old.decoded // plan.interval)
-            for turn, row, old, plan in zip(turned, store.rows, before, store.plans, strict=True)
+            for row, old, plan in zip(store.rows, before, store.plans, strict=True)
         ]
         due = [end and row.length > plan.budget for end, row, plan in zip(at_end, store.rows, store.plans, strict=True)]
         shown = [False] * len(due)
@@ -105,9 +103,8 @@ class Group:
     def settle(self) -> None:
         """Evict where it is due, now that no more tokens will be taken back."""
         if self.unsettled is not None:
-            before, turned = self.unsettled
-            self.unsettled = None
-            self.evict_after(before, turned)
+            before, self.unsettled = self.unsettled, None
+            self.evict_after(before, turn=False)
 
     def show_before_turn(self) -> None:
         """Show policies that count every query what is there: a turn may push queries out of the window."""

@@ -61,7 +61,8 @@ class Passes(Cache, binding.Evicting):
         super().__init__(layers=layers)
         self.columns = 0
         self.columns_seen = torch.zeros((), dtype=torch.int64, device=device)
-        self.last: Tensor | None = None
+        self.last: Tensor | int | None = None
+        self.announced = False  #: the next pass may hold a prompt and its first draft together
         self._ran = False  #: a compiled step has run and does not count yet
         self._step: Step | None = None
         self._told: tuple[Any] | None = None
@@ -112,7 +113,10 @@ class Passes(Cache, binding.Evicting):
             UsageError: ``seeds`` or ``requests`` were given for another number.
         """
         if len(self.policies) not in (1, requests):
-            raise UsageError(f"there are {len(self.policies)} policies, and the batch has {requests} rows: one each")
+            raise UsageError(
+                f"there are {len(self.policies)} policies, and the batch has {requests} rows: give one each; beams and "
+                "num_return_sequences are rows, too: name each policy as often"
+            )
         columns = []
         for name, given in (("requests", self._requests), ("seeds", self._seeds)):
             if given is not None and len(given) != requests:
@@ -248,6 +252,7 @@ class Passes(Cache, binding.Evicting):
         self._step.commit()
         self.columns += self._step.width
         self.last = self._step.last
+        self.announced = self.announced and self._step.decoding
         self._step, self._failed = None, False
         self._refresh()
 
@@ -286,12 +291,13 @@ class Passes(Cache, binding.Evicting):
             if group.store is not None:
                 group.store.reset()
         self.columns, self.last, self._step, self._failed = 0, None, None, False
+        self.announced = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace every row by the one that ``beam_idx`` names."""
         self.step()
         super().reorder_cache(beam_idx)
-        if self.last is not None:
+        if isinstance(self.last, Tensor):
             self.last = self.last.index_select(0, beam_idx.to(self.last.device))
         for group in self.groups:
             if group.store is not None:
@@ -301,8 +307,8 @@ class Passes(Cache, binding.Evicting):
         """Take back the newest tokens, as if they had never been given, then evict where it is due.
 
         Args:
-            tokens_to_remove: how many, as a negative number or 0. A positive number is the columns
-                that stay, as older versions of transformers say it.
+            tokens_to_remove: how many, as a negative number or 0. Before transformers 5.15 a positive
+                number is the columns that stay.
 
         Raises:
             UsageError: tokens so old that some heads have evicted some of them; nothing was changed.
@@ -311,7 +317,7 @@ class Passes(Cache, binding.Evicting):
         stores = [group.store for group in self.groups if group.store is not None]
         if not stores:
             raise UsageError(f"crop({tokens_to_remove}): no token has been seen yet")
-        count = compat.tokens_to_remove(self.columns, tokens_to_remove, to_length=True)
+        count = compat.tokens_to_remove(self.columns, tokens_to_remove)
         self._check_whole()
         if count > self.max_draft_tokens > 0:
             raise UsageError(
@@ -349,11 +355,12 @@ class Passes(Cache, binding.Evicting):
                 "assisted and prompt-lookup decoding draft tokens and take some back, and no slots were set aside for "
                 "them; write EvictionCache(..., max_draft_tokens=20), at least as many as are drafted at once"
             )
+        self.announced = True
         for layer in self._others():
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
-    def continue_at(self, columns: int, last: Tensor | None) -> None:
+    def continue_at(self, columns: int, last: Tensor | int | None) -> None:
         """Go on behind so many columns, whose last tokens have these positions."""
         self.columns, self.last, self._step, self._failed = columns, last, None, False
         self._refresh()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 
 from kvpolicy.errors import BindError, UnsupportedError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, Plan
@@ -32,6 +33,8 @@ def _checked_one(policy: EvictionPolicy) -> EvictionPolicy:
         raise BindError(f"{policy!r} is not a policy yet; write Policy({policy!r})")
     if isinstance(policy, str):
         raise BindError(f"{policy!r} is a text; write Policy.parse({policy!r})")
+    if isinstance(policy, FunctionType):
+        raise BindError(f"{policy.__name__} is a function that makes a policy: call it, {policy.__name__}(1024)")
     if isinstance(policy, type) or not isinstance(policy, EvictionPolicy):
         raise BindError(
             f"{policy!r} is not an EvictionPolicy: write one with vase(1024) or Policy(...), or give your class the "

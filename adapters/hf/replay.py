@@ -79,12 +79,18 @@ def replay(
         print(found.log_probs.mean(), found.kl.mean(), found.agreement.float().mean())
     """
     _check.integer("replay", "prompt_length", prompt_length, 1)
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        raise UsageError(f"tokens are a {type(tokens).__name__}: give a tensor of token ids, [requests, columns]")
     if tokens.dim() != 2 or not prompt_length < tokens.shape[1]:
         raise UsageError(
             f"tokens are {tuple(tokens.shape)} and prompt_length={prompt_length}: give [requests, columns] with at "
             "least one column behind the prompt"
         )
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens)
+    if mask.shape != tokens.shape:
+        raise UsageError(f"attention_mask is {tuple(mask.shape)}, and tokens are {tuple(tokens.shape)}")
+    if not bool(mask[:, prompt_length - 1].all()):
+        raise UsageError(f"some row has no token in the first {prompt_length} columns: its prompt begins later")
     behind = tokens.shape[1] - prompt_length
     log_probs: list[Tensor] = []
     full_log_probs: list[Tensor] = []

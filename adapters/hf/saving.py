@@ -49,7 +49,7 @@ def save(cache: EvictionCache, path: str | os.PathLike[str]) -> None:
         "policies": [policy_text(policy) for policy in cache.policies],
         "options": cache.options,
         "columns": cache.columns,
-        "last": None if cache.last is None else cache.last.tolist(),
+        "last": cache.last.tolist() if isinstance(cache.last, Tensor) else cache.last,
         "groups": groups,
         "layers": {
             str(i): others.written(layer, f"layers.{i}", tensors)
@@ -110,8 +110,14 @@ def load(
     known, found = what["model"], _fingerprint(model)
     for name, value in known.items():
         if found[name] != value:
+            differ = f"its {name} is {value}, and this model's is {found[name]}"
+            if name == "configuration":
+                old, new = json.loads(value), json.loads(found[name])
+                differ = "; ".join(
+                    f"its {k} is {old[k]}, and this model's is {new[k]}" for k in old if old[k] != new[k]
+                )
             raise UsageError(
-                f"{path} was saved with another model: its {name} is {value}, and this model's is {found[name]}"
+                f"{path} was saved with another model: " + ("its weights differ" if name == "weights" else differ)
             )
     cache = kind(model, _policies(path, what["policies"], policy), **what["options"])
     try:
@@ -175,7 +181,8 @@ def _fill(cache: EvictionCache, path: Any, what: dict[str, Any], tensors: dict[s
         group.store = _read(cache, group, held, f"groups.{number}", tensors)
     for i, layer in what["layers"].items():
         others.read(cache.layers[int(i)], layer, tensors, cache.model.device)
-    last = None if what["last"] is None else torch.tensor(what["last"], device=cache.model.device)
+    last = what["last"]
+    last = torch.tensor(last, device=cache.model.device) if isinstance(last, list) else last
     cache.continue_at(what["columns"], last)
 
 

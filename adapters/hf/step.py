@@ -35,8 +35,9 @@ class Step:
         width: columns, pads among them.
         counts: new tokens of each row.
         decoding: the new tokens count as decoded, one a row or several.
-        tail: the last tokens of a turn that count as decoded, since they may be drafts.
-        last: the position that the model gives each row's newest token, if it is told.
+        tail: the last tokens of a turn that count as decoded, since they may be drafts: assisted
+            decoding announces itself, and gives a prompt and its first draft together.
+        last: the position that the model gives each row's newest token, None if it is no single one.
     """
 
     cache: Passes
@@ -44,7 +45,7 @@ class Step:
     counts: list[int]
     decoding: bool
     tail: int = 0
-    last: Tensor | None = None
+    last: Tensor | int | None = None
     _turned: dict[int, list[Row]] = field(default_factory=dict)
     _visible: dict[int, Tensor | None] = field(default_factory=dict)
     _taken: set[int] = field(default_factory=set)
@@ -74,11 +75,12 @@ class Step:
             store.append(index, keys, values, self.counts)
             end = store.longest + self.width
             return store.keys[index, :, :, :end], store.values[index, :, :, :end]
+        within, size = store.spec.values_in_keys, store.spec.value_dim
         if store.longest:
             held = slice(0, store.longest)
             keys = torch.cat([store.keys[index, :, :, held], keys], 2)
-            values = torch.cat([store.values[index, :, :, held], values], 2)
-        group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + values.nbytes)
+            values = keys[..., :size] if within else torch.cat([store.values[index, :, :, held], values], 2)
+        group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + (0 if within else values.nbytes))
         return keys, values
 
     def visible(self, group: Group) -> Tensor | None:
@@ -196,25 +198,27 @@ class Step:
                     f"layer {min(missing)} did not attend through kvpolicy in this forward pass; "
                     "was set_attn_implementation() called while the cache was bound?"
                 )
-            before, turned = self._advance(group, group.store)
-            if self.cache.max_draft_tokens:
-                group.unsettled = before, turned
-            else:
-                group.evict_after(before, turned)
+            if not self.decoding:
+                self._end_turn(group, group.store)
+            self._decode(group, group.store, self.counts if self.decoding else [self.tail] * len(self.counts))
 
-    def _advance(self, group: Group, store: Store) -> tuple[list[Row], list[bool]]:
-        """Make the new tokens count; return each row before them, or after a cut, and whether a cut is to come."""
-        if self.decoding:
-            before = store.rows
-            store.advance([row.advanced(n, decoding=True) for row, n in zip(before, self.counts, strict=True)])
-            return before, [False] * len(before)
-        before = self._turned[id(group)]
-        filled = _over_budget(before, store)
-        fits = [row.length <= plan.budget for row, plan in zip(before, store.plans, strict=True)]
-        before = _cut(before, store) if filled else before
-        store.advance([row.advanced(self.tail, decoding=True) for row in before] if self.tail else before)
-        # Where one row was cut, all were shown to their policies; only the tail may make another one due.
-        return before, fits if self.tail or not filled else [False] * len(fits)
+    def _end_turn(self, group: Group, store: Store) -> None:
+        """Make a turn count, but for its tail, and evict where it has not been cut."""
+        before, rows = store.rows, self._turned[id(group)]
+        filled = _over_budget(rows, store)
+        store.advance(_cut(rows, store) if filled else rows)
+        if not filled:  # policies were shown a turn that was cut
+            group.evict_after(before, turn=True)
+
+    def _decode(self, group: Group, store: Store, counts: Sequence[int]) -> None:
+        """Make decoded tokens count, and evict where it is due, unless they may be drafts."""
+        before = store.rows
+        if any(counts):
+            store.advance([row.advanced(n, decoding=True) for row, n in zip(before, counts, strict=True)])
+        if self.cache.max_draft_tokens:
+            group.unsettled = before
+        elif any(counts):
+            group.evict_after(before, turn=False)
 
 
 def _same(given: Tensor | None, used: Tensor) -> bool:
@@ -241,7 +245,7 @@ def open_step(cache: Passes, given: dict[str, Any]) -> Step:
     new = arguments.read(given, cache.columns, cache.seen)
     decoding, tail = _kind(cache, new)
     if cache.columns and not (decoding and new.width == 1):
-        arguments.check_continues(cache.last, new.last, new.counts)
+        arguments.check_continues(cache.last, new, padded=any(seen != cache.columns for seen in cache.seen))
     if not cache.columns and new.requests != cache.num_requests:
         for group in cache.groups:  # nothing is held: a new batch may have another size
             group.store = None
@@ -254,6 +258,8 @@ def _kind(cache: Passes, new: arguments.Arguments) -> tuple[bool, int]:
     if end is None:
         if columns > 0 and new.width <= drafts + 1:
             return True, 0
+        if not cache.announced:
+            return False, 0
         shortest = min(new.counts)
         if shortest <= drafts and shortest != max(new.counts):
             raise UsageError(

@@ -70,6 +70,8 @@ class CacheMachine(RuleBasedStateMachine):
     def turn(self, data: st.DataObject, seed: int) -> None:
         low = self.drafts + 2
         counts = [data.draw(st.integers(low, 14)) for _ in self.policies]
+        if self.drafts:
+            self.cache.activate_past_recording()
         self._give(counts, seed)
 
     @precondition(lambda self: self.used)

@@ -179,7 +179,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     for wrong, what in (
         (other, "weights"), (tiny("llama", torch.float64), "dtype"), (tiny("qwen3"), "class"),
     ):  # fmt: skip
-        with pytest.raises(UsageError, match=f"saved with another model: its {what} is"):
+        with pytest.raises(UsageError, match=f"saved with another model: its {what}"):
             EvictionCache.load(tmp_path / "x", wrong)
 
 
@@ -213,11 +213,11 @@ def test_pickles_and_shallow_copies_are_refused() -> None:
 def test_what_cannot_be_forked() -> None:
     model = tiny("llama")
     with torch.no_grad(), EvictionCache(model, ZOO["vase"]) as cache:
-        with pytest.raises(UsageError, match="holds 0 requests"):
+        with pytest.raises(UsageError, match="nothing to fork"):
             cache.fork()
         begin(model, cache)
-        for named in ([], [3], [-1], [0.5]):
-            with pytest.raises(UsageError, match="name some of them by their rows"):
+        for named in ([], [3], [-1], [0.5], 0):
+            with pytest.raises(UsageError, match="name some of them, as fork"):
                 cache.fork(named)
         with pytest.raises(UsageError, match="seeds names 2 requests, and the fork has 3 rows"):
             cache.fork([0, 1, 2], seeds=[1, 2])

@@ -34,6 +34,8 @@ def compare(model: Any, name: str, rows: int, prompt: int, passes: int, *, budge
         for _ in range(passes):
             ids = tokens(rows, width, seed)
             expected = oracle.forward(ids)
+            if not cache.columns:
+                cache.activate_past_recording()
             worst = max(worst, (model(ids, past_key_values=cache).logits[:, -1] - expected).abs().max().item())
             back = int(torch.randint(0, min(width, DRAFTS + 1), (), generator=random))
             oracle.crop(back)
@@ -172,7 +174,7 @@ def test_more_tokens_than_are_certainly_there_cannot_be_taken_back() -> None:
             cache.crop(-1)
         model(tokens(1, 60), past_key_values=cache)
         before = cache.receipt()
-        with pytest.raises(UsageError, match="only the newest 8 tokens"):
+        with pytest.raises(UsageError, match="only the newest 8 are"):
             cache.crop(-9)
         assert cache.receipt() == before
         cache.crop(-8)
@@ -180,10 +182,23 @@ def test_more_tokens_than_are_certainly_there_cannot_be_taken_back() -> None:
         assert cache.get_seq_length() == 52
 
 
-def test_a_positive_number_is_what_stays() -> None:
+def test_what_crop_does_not_take() -> None:
     model, ids = tiny("llama", torch.float64), tokens(1, 30)
-    with EvictionCache(model, zoo(24)["vase"]) as cache:
-        model(ids[:, :20], past_key_values=cache)
-        cache.crop(15)
-        found = model(ids[:, 15:16], past_key_values=cache).logits
-    assert (found - model(ids[:, :16]).logits[:, -1:]).abs().max() <= 1e-9
+    with EvictionCache(model, zoo(24)["vase"], max_draft_tokens=4) as cache:
+        model(ids, past_key_values=cache)
+        with pytest.raises(UsageError, match=r"crop\(1.5\): write a number of tokens"):
+            cache.crop(1.5)
+        with pytest.raises(
+            UsageError, match=r"6 tokens were drafted, .* write EvictionCache\(..., max_draft_tokens=6\)"
+        ):
+            cache.crop(-6)
+        assert cache.receipt().seen == (30,)
+
+
+def test_without_drafts_the_prompt_is_cut_as_ever() -> None:
+    model, ids = tiny("llama"), tokens(1, 40)
+    texts = []
+    for drafts in (0, DRAFTS):
+        with EvictionCache(model, zoo(24)["vase"], max_draft_tokens=drafts) as cache:
+            texts.append(model.generate(ids, max_new_tokens=40, do_sample=False, past_key_values=cache))
+    assert torch.equal(*texts)

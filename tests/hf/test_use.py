@@ -562,7 +562,7 @@ def test_models_without_grouped_heads() -> None:
             expected = oracle.forward(step)
             assert (model(step, past_key_values=cache).logits[:, -1] - expected).abs().max() <= 1e-9
     small = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    with pytest.raises(UnsupportedError, match="both directions|AttentionInterface"):
+    with pytest.raises(UnsupportedError, match=r"both directions|AttentionInterface"):
         EvictionCache(BertModel(small), SMALL)
 
 
