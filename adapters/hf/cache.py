@@ -46,10 +46,13 @@ class EvictionCache(Passes):
         max_draft_tokens: tokens that assisted or prompt-lookup decoding may draft at once. Each layer
             holds as many slots and queries more. A later forward pass of at most one token more is
             then a draft: what :meth:`crop` leaves of it counts as decoded, and is evicted only then.
-            Of a longer pass, the last so many tokens count as decoded, since they may be drafts.
+            Assisted decoding gives a prompt and its first draft together; the turn then ends so many
+            tokens earlier, unless ``prompt_length`` says where. What is decoded is not to the letter
+            what plain decoding gives: an eviction waits for the end of a draft.
         prompt_length: columns of the prompt, pads among them, where its end cannot be told: a prompt
-            in chunks whose last one is a single token, or known text behind it that is fed several
-            tokens at a time. All that follows counts as decoded.
+            in chunks whose last one is a single token, a prompt with a draft behind it, or known text
+            behind it that is fed several tokens at a time. All before it is prompt, all that follows
+            counts as decoded: a number too large makes every decoded token a turn.
         static: let decoding have fixed shapes, so that ``torch.compile`` and ``generate()`` make one
             graph of it; all slots are attended to, and those in use are told by a mask.
         seeds: of each request's randomness; all 0 by default, so that a row of a batch equals its

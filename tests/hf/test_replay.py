@@ -102,7 +102,8 @@ def test_the_real_model() -> None:
     ids = tokenizer()(text, return_tensors="pt").input_ids[:, :170]
     expected, receipt = one_by_one(model, policy, ids, torch.ones_like(ids), 100)
     found = replay(model, policy, ids, 100, full=True)
-    assert (found.log_probs - expected).abs().max() <= 1e-3
+    assert (found.log_probs - expected).abs().max() <= 1e-2  # of logits near 20, in float32
+    assert torch.equal(found.receipt.positions(0), receipt.positions(0))
     assert found.receipt.evictions == receipt.evictions == (5,)
     assert found.kl is not None
     assert found.kl.mean() > 0
