@@ -156,7 +156,7 @@ def test_a_static_cache_decodes_without_a_compiler_too() -> None:
 @pytest.mark.slow
 def test_the_real_model_in_one_graph() -> None:
     model, policy = real(), zoo(64, interval=16, recent=16)["vase"]
-    texts = ["The tide rose, and the tide fell. " * 12, "Seven ships sailed north. " * 9]
+    texts = ["The tide rose, and the tide fell. " * 12, "Seven ships sailed north. " * 16]
     tokenizer().padding_side = "left"
     inputs = tokenizer()(texts, return_tensors="pt", padding=True)
     options: dict[str, Any] = {**inputs, "max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False}

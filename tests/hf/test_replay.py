@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -97,12 +98,13 @@ def test_what_cannot_be_replayed() -> None:
 @pytest.mark.model
 @pytest.mark.slow
 def test_the_real_model() -> None:
-    model, policy = real(), zoo(64, interval=16, recent=16)["vase"]
+    # In float64: rounding may turn two scores of a real model that are nearly equal.
+    model, policy = copy.deepcopy(real()).double(), zoo(64, interval=16, recent=16)["vase"]
     text = "The tide rose, and the tide fell; the sailor wrote the hour in his book. " * 12
     ids = tokenizer()(text, return_tensors="pt").input_ids[:, :170]
     expected, receipt = one_by_one(model, policy, ids, torch.ones_like(ids), 100)
     found = replay(model, policy, ids, 100, full=True)
-    assert (found.log_probs - expected).abs().max() <= 1e-2  # of logits near 20, in float32
+    assert (found.log_probs - expected).abs().max() <= 1e-4  # rotations are computed in float32
     assert torch.equal(found.receipt.positions(0), receipt.positions(0))
     assert found.receipt.evictions == receipt.evictions == (5,)
     assert found.kl is not None
