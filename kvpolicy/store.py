@@ -336,6 +336,14 @@ class Store:
         Raises:
             UsageError: the number of rows would change, or a row that does not exist is named.
         """
+        self.check_reorder(requests)
+        named = requests.tolist()
+        self._copy_rows(self, named)
+        self.rows = [replace(self.rows[r]) for r in named]
+        self._ends = None
+
+    def check_reorder(self, requests: Tensor) -> None:
+        """Raise what :meth:`reorder` would; modifies nothing."""
         named = requests.tolist()
         if len(named) != len(self.rows) or not all(0 <= r < len(self.rows) for r in named):
             raise UsageError(f"reorder({named}): name one of the {len(self.rows)} rows for each of them")
@@ -344,9 +352,6 @@ class Store:
                 f"reorder({named}): a row can only become one that follows the same policy; give the beams of a prompt "
                 "one policy"
             )
-        self._copy_rows(self, named)
-        self.rows = [replace(self.rows[r]) for r in named]
-        self._ends = None
 
     def fork(self, requests: Sequence[int]) -> Store:
         """Return a new store whose rows are copies of some rows of this one; modifies nothing.

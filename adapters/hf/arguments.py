@@ -73,7 +73,7 @@ def _last(positions: Any, requests: int, column: int) -> Tensor | int | None:
         positions = positions[0]  # of the text; behind it, where a token stands in an image
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return None
-    return positions[:, -1].expand(requests)
+    return positions[:, -1].expand(requests).clone()  # the caller may count on in place
 
 
 def check_continues(before: Tensor | int | None, new: Arguments, *, padded: bool) -> None:

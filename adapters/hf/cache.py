@@ -91,6 +91,10 @@ class EvictionCache(Passes):
         _check.integer("EvictionCache", "max_draft_tokens", max_draft_tokens, 0)
         compat.check_drafts(max_draft_tokens)
         compat.check_static(static)
+        if static and max_draft_tokens:
+            raise UnsupportedError(
+                "static=True compiles steps of one token, and drafts have several; leave static or max_draft_tokens out"
+            )
         if prompt_length is not None:
             _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
         self.model, self.static = model, static
@@ -113,10 +117,7 @@ class EvictionCache(Passes):
         }
         spec = ModelSpec(len(found.evicting), max_new_tokens)
         by_layer = planning.plans_of_layers([one.plan(spec) for one in self.policies], found.evicting)
-        self.skipped = {
-            **found.skipped,
-            **{i: "left alone by its budget" for i, plans in by_layer.items() if plans is None},
-        }
+        self.skipped = found.skipped
         self.groups = [
             Group(
                 tuple(same),
@@ -131,11 +132,6 @@ class EvictionCache(Passes):
             for plans, same in planning.by_plan(group, by_layer).items()
         ]
         self._group_of = {layer: group for group in self.groups for layer in group.layers}
-        if not self._group_of:
-            raise UnsupportedError(
-                f"{planning.names(self.policies)} leaves every layer of {type(model).__name__} alone: "
-                "nothing would evict"
-            )
         layers: list[Any] = [
             EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)
         ]
@@ -172,7 +168,8 @@ class EvictionCache(Passes):
         """Return a cache that goes on from the same tokens, with memory of its own, bound to the same model.
 
         One compressed prompt serves many questions: each fork answers one, or
-        ``cache.fork([0] * 8)`` eight in one batch.
+        ``cache.fork([0] * 8)`` eight in one batch. A fork holds on to the model like any cache: use
+        it in a ``with`` block of its own, or :meth:`unbind` it.
 
         Args:
             requests: which rows the new cache has, each as often as it is named; all by default.
@@ -208,10 +205,10 @@ class EvictionCache(Passes):
         rows = [row for group in new.groups if group.store is not None for row in group.store.rows]
         for number, row in enumerate(rows):
             row.seed = row.seed if given is None else given[number % len(named)]
-        new._seeds, new._requests = (
-            [row.seed for row in rows[: len(named)]],
-            [row.request for row in rows[: len(named)]],
-        )
+        named_before = self._seeds is not None or self._requests is not None or given is not None
+        if named_before:  # else a new batch after reset() may have any size
+            new._seeds = [row.seed for row in rows[: len(named)]]
+            new._requests = [row.request for row in rows[: len(named)]]
         new.options = {**self.options, "seeds": new._seeds, "requests": new._requests}
         new._acquire()
         new.columns_seen = self.columns_seen.clone()
@@ -231,6 +228,8 @@ class EvictionCache(Passes):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what the cache holds into a safetensors file, whole or not at all.
+
+        Drafts that may still be taken back are there to stay from then on.
 
         Args:
             path: of the file.

@@ -103,8 +103,8 @@ class Group:
     def settle(self) -> None:
         """Evict where it is due, now that no more tokens will be taken back."""
         if self.unsettled is not None:
-            before, self.unsettled = self.unsettled, None
-            self.evict_after(before, turn=False)
+            self.evict_after(self.unsettled, turn=False)
+            self.unsettled = None
 
     def show_before_turn(self) -> None:
         """Show policies that count every query what is there: a turn may push queries out of the window."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -11,7 +12,7 @@ from kvpolicy.adapters.hf import compat
 from kvpolicy.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from kvpolicy.adapters.hf.cache import EvictionCache
+    from kvpolicy.adapters.hf.passes import Passes
 
 __all__ = ["EvictionLayer"]
 
@@ -21,9 +22,16 @@ class EvictionLayer(compat.Layer):
 
     is_sliding = False
 
-    def __init__(self, cache: EvictionCache, index: int) -> None:
+    def __init__(self, cache: Passes, index: int) -> None:
         super().__init__()
-        self.cache, self.index = cache, index
+        self._cache, self.index = weakref.ref(cache), index  # a cache frees its memory when it is dropped
+
+    @property
+    def cache(self) -> Passes:
+        """Return the cache that this layer belongs to."""
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]

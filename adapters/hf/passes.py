@@ -60,7 +60,8 @@ class Passes(Cache, binding.Evicting):
     def __init__(self, layers: list[Any], device: torch.device) -> None:
         super().__init__(layers=layers)
         self.columns = 0
-        self.columns_seen = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
+            self.columns_seen = torch.zeros((), dtype=torch.int64, device=device)
         self.last: Tensor | int | None = None
         self.announced = False  #: the next pass may hold a prompt and its first draft together
         self._ran = False  #: a compiled step has run and does not count yet
@@ -167,6 +168,11 @@ class Passes(Cache, binding.Evicting):
             raise UsageError("compile one-token steps alone: give the prompt to the model itself")
         if self._ran or self._failed:
             raise UsageError("the last compiled step does not count yet; call cache.step() after each")
+        if any(group.static is not None and group.static.full for group in self.groups):
+            raise UsageError(
+                "every slot of a row is in use, and the policy evicts at the end of a turn only; bind it with a larger "
+                "max_new_tokens"
+            )
 
     def step(self) -> None:
         """Make a compiled step count, and evict where it is due.
@@ -262,8 +268,9 @@ class Passes(Cache, binding.Evicting):
             return
         self.columns_seen.fill_(self.columns)
         for group in self.groups:
+            if group.store is None:
+                continue
             if group.static is None or group.static.store is not group.store:
-                assert group.store is not None
                 group.static = StaticSlots(group.store)
             group.static.refresh()
 
@@ -287,21 +294,31 @@ class Passes(Cache, binding.Evicting):
         self._ran = False
         super().reset()
         for group in self.groups:
-            group.unsettled = None
+            group.unsettled = group.static = None
             if group.store is not None:
                 group.store.reset()
         self.columns, self.last, self._step, self._failed = 0, None, None, False
         self.announced = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Replace every row by the one that ``beam_idx`` names."""
+        """Replace every row by the one that ``beam_idx`` names.
+
+        Raises:
+            UsageError: a row does not exist, or follows another policy; nothing was changed.
+        """
         self.step()
+        stores = [group.store for group in self.groups if group.store is not None]
+        for store in stores:
+            store.check_reorder(beam_idx)
         super().reorder_cache(beam_idx)
         if isinstance(self.last, Tensor):
             self.last = self.last.index_select(0, beam_idx.to(self.last.device))
+        for store in stores:
+            store.reorder(beam_idx)
         for group in self.groups:
-            if group.store is not None:
-                group.store.reorder(beam_idx)
+            if group.unsettled is not None:
+                group.unsettled = [group.unsettled[r] for r in beam_idx.tolist()]
+        self._refresh()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, as if they had never been given, then evict where it is due.
@@ -334,11 +351,14 @@ class Passes(Cache, binding.Evicting):
         self.columns -= count
         self.last = None if self.last is None else self.last - count
         self._settle()
+        self._refresh()
 
     def _settle(self) -> None:
         """Evict where it is due, now that no more drafts will be taken back."""
+        failed, self._failed = self._failed, True  # a policy that raises leaves slots half moved
         for group in self.groups:
             group.settle()
+        self._failed = failed
 
     def _others(self) -> list[Any]:
         """Return the layers that are left alone."""

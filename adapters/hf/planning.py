@@ -9,7 +9,7 @@ from kvpolicy.errors import BindError, UnsupportedError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, Plan
 from kvpolicy.stage import Chain, Stage
 
-__all__ = ["by_plan", "checked", "integers", "names", "plans_of_layers"]
+__all__ = ["by_plan", "checked", "integers", "plans_of_layers"]
 
 OFFERS = frozenset({"queries", "every_query", "cross_heads"})  #: what this adapter can give a policy
 
@@ -49,11 +49,6 @@ def _checked_one(policy: EvictionPolicy) -> EvictionPolicy:
     return policy
 
 
-def names(policies: Sequence[EvictionPolicy]) -> str:
-    """Return the policies in words, each once."""
-    return " and ".join(dict.fromkeys(repr(policy) for policy in policies))
-
-
 def integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     """Return one 64-bit integer a row, or None where nothing is given."""
     if given is None:
@@ -64,33 +59,36 @@ def integers(name: str, given: Sequence[int] | None) -> list[int] | None:
     return [int(n) for n in numbers if n is not None]
 
 
-def plans_of_layers(plans: Sequence[Plan], evicting: tuple[int, ...]) -> dict[int, tuple[LayerPlan, ...] | None]:
-    """Return the plans of each layer, one a policy, or None where it is left alone."""
-    found: dict[int, tuple[LayerPlan, ...] | None] = {}
+def plans_of_layers(plans: Sequence[Plan], evicting: tuple[int, ...]) -> dict[int, tuple[LayerPlan, ...]]:
+    """Return the plans of each layer, one a policy.
+
+    Raises:
+        BindError: a policy planned another number of layers.
+        UnsupportedError: it leaves one of them alone.
+    """
+    found: dict[int, tuple[LayerPlan, ...]] = {}
     for plan in plans:
         if len(plan.layers) != len(evicting):
             raise BindError(
                 f"the policy planned {len(plan.layers)} layers, and the model has {len(evicting)} that evict"
             )
     for number, layer in enumerate(evicting):
-        of_layer = tuple(plan.layers[number] for plan in plans)
-        given = tuple(one for one in of_layer if one is not None)
-        if given and len(given) < len(of_layer):
+        given = tuple(one for plan in plans if (one := plan.layers[number]) is not None)
+        if len(given) < len(plans):
+            # transformers makes one mask for all full-attention layers: it fits slots, or an ordinary cache.
             raise UnsupportedError(
-                f"one policy of the batch leaves layer {layer} alone and another does not; policies of one batch must "
-                "leave the same layers alone"
+                f"the policy leaves layer {layer} alone, which is not supported by the transformers adapter yet; give "
+                "the layer a budget beyond the longest text"
             )
-        found[layer] = given or None
+        found[layer] = given
     return found
 
 
 def by_plan(
-    group: tuple[int, ...], by_layer: dict[int, tuple[LayerPlan, ...] | None]
+    group: tuple[int, ...], by_layer: dict[int, tuple[LayerPlan, ...]]
 ) -> dict[tuple[LayerPlan, ...], list[int]]:
-    """Return the layers of a device that evict, by their plans: those of one plan share an arena."""
+    """Return the layers of a device, by their plans: those of one plan share an arena."""
     same: dict[tuple[LayerPlan, ...], list[int]] = {}
     for layer in group:
-        plans = by_layer[layer]
-        if plans is not None:
-            same.setdefault(plans, []).append(layer)
+        same.setdefault(by_layer[layer], []).append(layer)
     return same

@@ -164,6 +164,8 @@ def _policies(
 
 def _fill(cache: EvictionCache, path: Any, what: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     plans = [[dataclasses.asdict(plan) for plan in group.plans] for group in cache.groups]
+    if [list(group.layers) for group in cache.groups] != [held["layers"] for held in what["groups"]]:
+        raise UsageError(f"{path} holds layers that were on other devices: load the model as it was, then the cache")
     if plans != [held["plans"] for held in what["groups"]]:
         raise UsageError(
             f"{path} was saved with {[held['plans'] for held in what['groups']]}, and the plan is now {plans}"
@@ -211,8 +213,11 @@ def _read(cache: EvictionCache, group: Group, held: dict[str, Any], prefix: str,
 
 
 def policy_text(policy: EvictionPolicy) -> str:
-    """Return a policy with every parameter written out."""
-    return policy.text(full=True) if isinstance(policy, Policy) else repr(policy)
+    """Return a policy with every parameter written out, the name of its class where it has no ``repr``."""
+    if isinstance(policy, Policy):
+        return policy.text(full=True)
+    kind = type(policy)
+    return f"{kind.__module__}.{kind.__qualname__}" if kind.__repr__ is object.__repr__ else repr(policy)
 
 
 def _sinks(model: PreTrainedModel, layer: int) -> Tensor | None:

@@ -22,17 +22,19 @@ class StaticSlots:
         store: whose slots.
         slots: ``[requests]`` int64, the first free slot of each row.
         places: ``[requests]`` int64, where the next query of each row goes in the window.
+        full: some row has no slot left.
     """
 
     def __init__(self, store: Store) -> None:
         device, requests = store.spec.device, len(store.rows)
-        self.store = store
-        self.slots = torch.zeros(requests, dtype=torch.int64, device=device)
-        self.places = torch.zeros(requests, dtype=torch.int64, device=device)
-        self._rows = torch.arange(requests, device=device)[:, None]
-        self._heads = torch.arange(store.spec.num_heads, device=device)[None]
-        self._query_heads = torch.arange(store.spec.num_query_heads, device=device)[None]
-        self._every = torch.arange(store.spec.capacity, device=device)
+        self.store, self.full = store, False
+        with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
+            self.slots = torch.zeros(requests, dtype=torch.int64, device=device)
+            self.places = torch.zeros(requests, dtype=torch.int64, device=device)
+            self._rows = torch.arange(requests, device=device)[:, None]
+            self._heads = torch.arange(store.spec.num_heads, device=device)[None]
+            self._query_heads = torch.arange(store.spec.num_query_heads, device=device)[None]
+            self._every = torch.arange(store.spec.capacity, device=device)
         self._known: tuple[list[int], list[int]] = ([], [])
         for tensor in (*store.arenas, store.window.queries, self.slots, self.places):
             torch._dynamo.mark_static_address(tensor)
@@ -41,6 +43,7 @@ class StaticSlots:
     def refresh(self) -> None:
         """Write where the next tokens go, now that others count; modifies the tensors in place."""
         slots, places = [row.length for row in self.store.rows], list(self.store.window.at)
+        self.full = max(slots) >= self.store.spec.capacity
         known_slots, known_places = self._known
         if slots == [one + 1 for one in known_slots]:
             self.slots.add_(1)

@@ -56,8 +56,7 @@ class Step:
 
     def take(self, group: Group, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take new keys and values of one layer; return what the new tokens attend to."""
-        if torch.is_grad_enabled() and keys.requires_grad:
-            raise UsageError("slots carry no gradients: run the model under torch.no_grad()")
+        _refuse_gradients(keys, values)
         if layer in self._taken:
             raise UsageError(f"layer {layer} gave its keys twice in one forward pass")
         self._taken.add(layer)
@@ -103,6 +102,7 @@ class Step:
         """Remember the queries of one layer, and put a turn's tokens into its slots."""
         store, index = group.store, group.index(layer)
         assert store is not None
+        _refuse_gradients(query)
         self._attended.add(layer)
         group.logits[layer] = {name: logits.get(name) for name in ("scaling", "softcap", "s_aux")}
         if query.shape[1] != store.spec.num_query_heads:
@@ -221,6 +221,11 @@ class Step:
             group.evict_after(before, turn=False)
 
 
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise UsageError("slots carry no gradients: run the model under torch.no_grad()")
+
+
 def _same(given: Tensor | None, used: Tensor) -> bool:
     """Return whether attention uses what the cache gave; the tensor itself in all but a few models."""
     return given is used or (given is not None and given.dtype == used.dtype and torch.equal(given, used))
@@ -243,7 +248,18 @@ def open_step(cache: Passes, given: dict[str, Any]) -> Step:
         UsageError: these arguments cannot give a right answer; nothing was changed.
     """
     new = arguments.read(given, cache.columns, cache.seen)
+    if not cache.columns:
+        cache.new_seeds(new.requests)  # refused before any layer has run
     decoding, tail = _kind(cache, new)
+    if decoding and min(new.counts) < new.width:
+        raise UsageError(
+            f"{new.width} columns behind the prompt count as decoded, and a row has only {min(new.counts)} tokens in "
+            "them; give every row as many, or leave max_draft_tokens and prompt_length out for a padded turn"
+        )
+    if tail and min(new.counts) <= tail:
+        raise UsageError(
+            f"prompt_length={cache.prompt_length}, and a row brings {min(new.counts)} tokens, all of them behind it"
+        )
     if cache.columns and not (decoding and new.width == 1):
         arguments.check_continues(cache.last, new, padded=any(seen != cache.columns for seen in cache.seen))
     if not cache.columns and new.requests != cache.num_requests:

@@ -21,7 +21,7 @@ SINCE = {
 FEW = {"vase", "h2o"}
 FILES = {
     *("test_versions", "test_stock", "test_oracle", "test_batches", "test_use", "test_drafts", "test_chunks"),
-    *("test_replay", "test_rows", "test_copies", "test_compile"),
+    *("test_replay", "test_rows", "test_copies", "test_compile", "test_combinations"),
 }
 
 

@@ -17,11 +17,13 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import EvictionCache
+from kvpolicy.adapters.hf.compat import ANNOUNCES_DRAFTS
 from tests.families import KINDS
 from tests.hf.test_oracle import padded
 from tests.hf.zoo import zoo
 from tests.models import real, tiny, tokenizer
 
+pytestmark = pytest.mark.skipif(not ANNOUNCES_DRAFTS, reason="static=True needs transformers 5.14")
 LENGTHS = [40, 33, 9]
 ROOT = Path(__file__).parents[2]
 

@@ -227,7 +227,7 @@ class Ordinary(nn.Module):
         (ValueGuard() >> TopK(24), BindError, r"write Policy\("),
         (TopK(24), BindError, r"write Policy\("),
         ("vase(24)", BindError, r"Policy\.parse"),
-        (vase, BindError, "is not an EvictionPolicy"),
+        (vase, BindError, r"call it, vase\(1024\)"),
         (vase(64), BudgetError, "not larger than recent=64"),
         (
             Policy(Sinks(20) >> TopK(24), recent=8),
