@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from benchmarks import compaction, decode, eviction, flat, layers, memory, models
+from benchmarks.command import run_sections
 from benchmarks.report import Section, environment, show, write_json
 from benchmarks.stores import Shape
 
@@ -70,21 +70,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what was asked for, print it, and write it down."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
-    parser.add_argument("--quick", action="store_true", help="small sizes, and a model of no weight")
-    parser.add_argument("--model", type=Path, help="folder of a model; by default the demo's")
-    parser.add_argument("--repeats", type=int, help="of each measurement")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
-    options = parser.parse_args(arguments)
-    if unknown := sorted(set(options.sections) - set(SECTIONS)):
-        parser.error(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _run(options)
-    finally:
-        torch.set_num_threads(threads)
+    run_sections("python -m benchmarks", __doc__, SECTIONS, _run, arguments)
 
 
 def _run(options: argparse.Namespace) -> None:

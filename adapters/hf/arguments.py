@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpolicy.errors import UsageError
 
-__all__ = ["Arguments", "check_continues", "read"]
+__all__ = ["Arguments", "check_continues", "read", "tokens_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +43,7 @@ def read(arguments: dict[str, Any], columns: int, seen: Sequence[int]) -> Argume
     Raises:
         UsageError: these arguments cannot give a right answer.
     """
-    tokens = arguments.get("input_ids")
-    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        raise UsageError("the forward pass has neither input_ids nor inputs_embeds")
+    tokens = tokens_of(arguments)
     if arguments.get("output_attentions"):
         raise UsageError("evicted tokens have no attention weights to show: leave output_attentions out")
     requests, width = tokens.shape[0], tokens.shape[1]
@@ -63,6 +60,15 @@ def read(arguments: dict[str, Any], columns: int, seen: Sequence[int]) -> Argume
         )
     counts = _counts(arguments.get("attention_mask"), columns, width, list(seen) if columns else [0] * requests)
     return Arguments(requests, width, counts, _last(arguments.get("position_ids"), requests, columns + width - 1))
+
+
+def tokens_of(arguments: dict[str, Any]) -> Tensor:
+    """Return the new tokens of a forward pass, ``[requests, columns]`` or their embeddings."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        raise UsageError("the forward pass has neither input_ids nor inputs_embeds")
+    return tokens
 
 
 def _last(positions: Any, requests: int, column: int) -> Tensor | int | None:

@@ -283,7 +283,7 @@ class EvictionCache(Passes):
         broken = torch.stack([store.broken.view(-1, len(rows)).sum(0).cpu() for store in stores]).sum(0)
         kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
         return Receipt(
-            policy=tuple(saving.policy_text(self.policy_of(r)) for r in range(len(rows))),
+            policy=tuple(planning.policy_text(self.policy_of(r)) for r in range(len(rows))),
             version=__version__,
             seen=tuple(row.seen for row in rows),
             slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from kvpolicy.adapters.hf import binding, compat
+from kvpolicy.adapters.hf import binding, compat, planning
+from kvpolicy.adapters.hf.arguments import tokens_of
 from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
@@ -159,9 +160,7 @@ class Passes(Cache, binding.Evicting):
 
     def _begin_compiled(self, arguments: dict[str, Any]) -> None:
         """Check what a graph depends on; whatever is read here is a guard of the graph."""
-        tokens = arguments.get("input_ids")
-        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-        assert tokens is not None
+        tokens = tokens_of(arguments)
         if not self.static:
             raise UsageError("compiled code needs fixed shapes; write EvictionCache(..., static=True)")
         if tokens.shape[1] != 1 or self.groups[0].static is None:
@@ -183,7 +182,6 @@ class Passes(Cache, binding.Evicting):
         if not self._ran:
             return
         self._ran = False
-        self._settle()
         self._step = Step(self, 1, [1] * self.num_requests, decoding=True)
         self._step.attended_all()
         if self.last is not None:
@@ -279,7 +277,7 @@ class Passes(Cache, binding.Evicting):
         if self.ranks.size == 1:
             return
         found: dict[str, Any] = {
-            "the policy": repr(self.policies),
+            "the policy": [planning.policy_text(policy) for policy in self.policies],
             "the plans of the layers": [(group.layers, str(group.plans)) for group in self.groups],
             **self.options,
         }

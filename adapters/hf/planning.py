@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from types import FunctionType
 
 from kvpolicy.errors import BindError, UnsupportedError
-from kvpolicy.policy import EvictionPolicy, LayerPlan, Plan
+from kvpolicy.policy import EvictionPolicy, LayerPlan, Plan, Policy
 from kvpolicy.stage import Chain, Stage
 
-__all__ = ["by_plan", "checked", "integers", "plans_of_layers"]
+__all__ = ["by_plan", "checked", "integers", "plans_of_layers", "policy_text"]
 
 OFFERS = frozenset({"queries", "every_query", "cross_heads"})  #: what this adapter can give a policy
 
@@ -47,6 +47,14 @@ def _checked_one(policy: EvictionPolicy) -> EvictionPolicy:
             f"it gives {', '.join(sorted(OFFERS))}"
         )
     return policy
+
+
+def policy_text(policy: EvictionPolicy) -> str:
+    """Return a policy with every parameter written out, the name of its class where it has no ``repr``."""
+    if isinstance(policy, Policy):
+        return policy.text(full=True)
+    kind = type(policy)
+    return f"{kind.__module__}.{kind.__qualname__}" if kind.__repr__ is object.__repr__ else repr(policy)
 
 
 def integers(name: str, given: Sequence[int] | None) -> list[int] | None:

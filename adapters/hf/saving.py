@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.adapters.hf import others
+from kvpolicy.adapters.hf import others, planning
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.errors import KVPolicyError, UsageError
 from kvpolicy.policy import EvictionPolicy, Policy
@@ -46,7 +46,7 @@ def save(cache: EvictionCache, path: str | os.PathLike[str]) -> None:
         "format": _FORMAT,
         "transformers": transformers.__version__,
         "model": _fingerprint(cache.model),
-        "policies": [policy_text(policy) for policy in cache.policies],
+        "policies": [planning.policy_text(policy) for policy in cache.policies],
         "options": cache.options,
         "columns": cache.columns,
         "last": cache.last.tolist() if isinstance(cache.last, Tensor) else cache.last,
@@ -154,7 +154,7 @@ def _policies(
             raise UsageError(f"{path} was saved under {' and '.join(texts)}; give that as policy=...") from error
         return policies if len(policies) > 1 else policies[0]
     policies = list(given) if isinstance(given, Sequence) else [given]
-    mine = [policy_text(policy) for policy in policies]
+    mine = [planning.policy_text(policy) for policy in policies]
     if mine != texts:
         raise UsageError(
             f"{path} was saved under {' and '.join(texts)}, and policy is {' and '.join(mine)}; leave policy out"
@@ -210,14 +210,6 @@ def _read(cache: EvictionCache, group: Group, held: dict[str, Any], prefix: str,
         for n, tensor in enumerate(band.tensors()):
             tensor.copy_(given(f"bands.{b}.{n}"))
     return store
-
-
-def policy_text(policy: EvictionPolicy) -> str:
-    """Return a policy with every parameter written out, the name of its class where it has no ``repr``."""
-    if isinstance(policy, Policy):
-        return policy.text(full=True)
-    kind = type(policy)
-    return f"{kind.__module__}.{kind.__qualname__}" if kind.__repr__ is object.__repr__ else repr(policy)
 
 
 def _sinks(model: PreTrainedModel, layer: int) -> Tensor | None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import models
+from benchmarks.command import run_sections
 from benchmarks.peers import kept, memory, speed
 from benchmarks.peers.entrants import Sizes, kvpress
 from benchmarks.report import Section, environment, show, write_json
@@ -70,21 +71,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything, print it, and write it down."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
-    parser.add_argument("--quick", action="store_true", help="small sizes, and a model of no weight")
-    parser.add_argument("--model", type=Path, help="folder of a Llama; by default the demo's")
-    parser.add_argument("--repeats", type=int, help="of each measurement of time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
-    options = parser.parse_args(arguments)
-    if unknown := sorted(set(options.sections) - set(SECTIONS)):
-        parser.error(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _run(options)
-    finally:
-        torch.set_num_threads(threads)
+    run_sections("python -m benchmarks.peers", __doc__, SECTIONS, _run, arguments)
 
 
 def _run(options: argparse.Namespace) -> None:
