@@ -82,8 +82,8 @@ class PerLayer(Allocator):
                 _check.integer(self, f"layers[{number}]", budget, 1)
         if all(budget is None for budget in self.layers):
             raise ParameterError(
-                f"{self!r} leaves every layer alone, so that nothing would be evicted; give some layer a budget, or use "
-                "an ordinary cache"
+                f"{self!r} leaves every layer alone, so that nothing would be evicted; give some layer a budget, or "
+                "use an ordinary cache"
             )
 
     def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:

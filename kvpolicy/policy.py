@@ -225,14 +225,14 @@ class Policy:
     def _check_budget(self, budget: int, where: str) -> None:
         if budget <= self.recent:
             raise BudgetError(
-                f"{where}a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens could "
-                f"stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
+                f"{where}a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens "
+                f"could stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
             )
         for stage in self.stages:
             if stage.reserved(budget) + self.recent > budget:
                 raise BudgetError(
-                    f"{where}{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do not "
-                    f"fit into a budget of {budget}; raise the budget to at least "
+                    f"{where}{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do "
+                    f"not fit into a budget of {budget}; raise the budget to at least "
                     f"{stage.reserved(budget) + self.recent}, or protect less"
                 )
 

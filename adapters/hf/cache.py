@@ -120,8 +120,8 @@ class EvictionCache(Passes):
         alone = [layer for layer, plans in by_layer.items() if not plans]
         if static and alone:
             raise UnsupportedError(
-                f"static=True gives decoding fixed shapes, and the policy leaves layers {_named(alone)} alone, whose slots "
-                "grow; leave static out, or give them a budget beyond the longest text"
+                f"static=True gives decoding fixed shapes, and the policy leaves layers alone, whose slots grow: "
+                f"{', '.join(map(str, alone))}; leave static out, or give them a budget beyond the longest text"
             )
         self.skipped = {**found.skipped, **dict.fromkeys(alone, "left alone by the policy")}
         self.groups = [
@@ -324,7 +324,3 @@ class EvictionCache(Passes):
             for layer, number in kept_alike(self.policies, self.ranks, group.positions()).items():
                 found[f"the fingerprint of the positions that layer {layer} keeps"] = number
         self.ranks.insist(found, IntegrityError)
-
-
-def _named(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))

@@ -38,6 +38,7 @@ ZOO = {
     "h2o": small(policies.h2o(BUDGET)),
     "keydiff": small(policies.keydiff(BUDGET)),
     "knorm": small(policies.knorm(BUDGET)),
+    "pyramidkv": small(policies.pyramidkv(BUDGET, window=4)),
     "random_eviction": small(policies.random_eviction(BUDGET)),
     "reservoir": small(policies.random_eviction(BUDGET, redraw=False)),
     "rkv": small(policies.rkv(BUDGET, window=6)),
