@@ -122,7 +122,7 @@ def _view(store: Store, at: slice, columns: dict[str, Tensor], goal: Tensor, hel
         logits: what the model's attention does.
     """
     lengths = held.to(store.spec.device)
-    mine = {name: column[at] for name, column in columns.items()}
+    mine: dict[str, Any] = {name: column[at] for name, column in columns.items()}
     new = mine.pop("new")[:, None, None]
     rank = torch.arange(max(row.length - row.settled for row in store.rows), device=lengths.device)
     fresh = torch.where(rank < new, lengths[..., None] - new + rank, -1)
@@ -277,7 +277,7 @@ def _state_of_turn(store: Store, band: Band, span: Span, old: int, width: int) -
     return tuple(joined)
 
 
-def _of_rows(rows: Sequence[Row], layers: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+def _of_rows(rows: Sequence[Row], layers: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Return what happened to each row, repeated for each layer: fields of the view, and how many slots are new."""
     names = {
         "seen": "seen",
