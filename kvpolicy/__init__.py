@@ -9,7 +9,7 @@ Importing kvpolicy changes nothing in any library, and loads torch alone.
 
 from pathlib import Path as _Path
 
-from kvpolicy.allocators import Allocator, Uniform
+from kvpolicy.allocators import Allocator, PerLayer, Pyramid, Uniform
 from kvpolicy.errors import (
     BindError,
     BudgetError,
@@ -77,10 +77,12 @@ __all__ = [
     "ParameterError",
     "ParseError",
     "PerHead",
+    "PerLayer",
     "Plan",
     "Policy",
     "PolicyError",
     "Prompt",
+    "Pyramid",
     "Recency",
     "Redundancy",
     "Scorer",

@@ -215,19 +215,19 @@ class Policy:
         window = max(stage.queries_read(self.interval) for stage in self.stages)
         sharing = self.chain.selector.sharing()
         layers: list[LayerPlan | None] = []
-        for budget in self.chain.selector.budgets(model.num_layers, self.recent):
+        budgets = self.chain.selector.budgets(model.num_layers, self.recent)
+        for number, budget in enumerate(budgets):
             if budget is None:
                 layers.append(None)
                 continue
+            where = "" if len(set(budgets)) == 1 else f"layer {number} of the {len(budgets)} that may evict: "
             heads = budget if isinstance(budget, tuple) else None
             if heads is not None and model.num_heads not in (None, len(heads)):
                 raise BudgetError(
                     f"{sharing!r} names {len(heads)} heads, and the model has {model.num_heads} KV heads in a layer"
                 )
-            most = max(heads) if heads is not None else budget
-            assert isinstance(most, int)
-            least = min(heads) if heads is not None else most
-            self._check_budget(least if sharing is None else sharing.least(least, self.recent))
+            most, least = (max(budget), min(budget)) if isinstance(budget, tuple) else (budget, budget)
+            self._check_budget(least if sharing is None else sharing.least(least, self.recent), where)
             layer = LayerPlan(most, most + grown, self.interval, self.recent, window, heads)
             if sharing is not None and sharing.shared:
                 layer = dataclasses.replace(layer, shared=True, refresh=sharing.refresh)
@@ -251,17 +251,17 @@ class Policy:
             scores = transform.apply_with(scores, view.at(sum(1 for _ in scorer.leaves())), state)
         return self.chain.selector.select(scores, view), state
 
-    def _check_budget(self, budget: int) -> None:
+    def _check_budget(self, budget: int, where: str) -> None:
         if budget <= self.recent:
             raise BudgetError(
-                f"a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens could "
-                f"stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
+                f"{where}a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens "
+                f"could stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
             )
         for stage in self.stages:
             if stage.reserved(budget) + self.recent > budget:
                 raise BudgetError(
-                    f"{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do not "
-                    f"fit into a budget of {budget}; raise the budget to at least "
+                    f"{where}{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do "
+                    f"not fit into a budget of {budget}; raise the budget to at least "
                     f"{stage.reserved(budget) + self.recent}, or protect less"
                 )
 
