@@ -150,6 +150,22 @@ def test_arguments_that_are_wrong_on_a_compacted_cache(name: str, text: str) -> 
         call(case("dense", [3], 1), colour=1)
 
 
+def test_the_device_is_told_what_to_insist_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the CPU, nobody waits: the device stops by itself, with the text."""
+    said: list[str] = []
+    monkeypatch.setattr(torch, "_assert_async", lambda right, text: said.append(text))
+    c = case("paged", [3, 5], 2)
+    meta = {name: getattr(c, name).to("meta") for name in ("q", "k", "v", "k_cache", "v_cache", "block_table")}
+    call(c, **meta, cache_seqlens=c.lengths.to("meta"))
+    assert [text.split(",")[0] for text in said] == [
+        "the lengths in cache_seqlens",
+        "block_table names a page that is none of the 11",
+    ]
+    tensors, numbers, _ = ragged([7, 2], [2, 1])
+    REFERENCE.varlen(**{name: x.to("meta") for name, x in tensors.items()}, **numbers, causal=True)
+    assert len(said) == 5
+
+
 def test_lengths_are_not_checked_where_that_is_switched_off() -> None:
     unchecked = replace(REFERENCE, check_lengths=False)
     c = case("dense", [3, 5], 2)
@@ -162,7 +178,7 @@ def test_lengths_are_not_checked_where_that_is_switched_off() -> None:
 
 @pytest.fixture
 def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLE, "torch", replace(TABLE["torch"], devices=None))  # type: ignore[arg-type]
+    monkeypatch.setitem(TABLE, "torch", replace(TABLE["torch"], devices=None))
 
 
 @pytest.mark.usefixtures("kernels_on_the_cpu")

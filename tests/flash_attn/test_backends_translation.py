@@ -36,7 +36,7 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the table say that kernels run here, in any dtype and with small pages; nothing else of it changes."""
     for name in ("torch", "sdpa", "flash-attn"):
         here = replace(TABLE[name], devices=None, dtypes=None, page=1)
-        monkeypatch.setitem(TABLE, name, here)  # type: ignore[arg-type]
+        monkeypatch.setitem(TABLE, name, here)
 
 
 def agrees(backend: Backend, layout: str, width: int, *, new: bool = True, **numbers: Any) -> None:
@@ -146,6 +146,25 @@ def test_torch_varlen_over_pages_gets_lengths(calls: list[dict[str, Any]]) -> No
 
 
 @needs_torch
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [1, 4])
+def test_torch_takes_what_it_is_given(layout: str, width: int) -> None:
+    """Tensors without memory go through the real operator, which has no numbers to wait for."""
+    c = case(layout, [3, 7], width, dtype=torch.bfloat16)
+    table = None if c.block_table is None else c.block_table.to("meta")
+    q, k, v, keys, values, lengths = (x.to("meta") for x in (c.q, c.k, c.v, c.k_cache, c.v_cache, c.lengths))
+    out, lse = TorchVarlen().with_kvcache(
+        q, keys, values, k, v, cache_seqlens=lengths, block_table=table, return_lse=True
+    )
+    assert (out.shape, lse.shape) == (q.shape, (2, 4, width))
+    tensors, numbers, _ = ragged([7, 2], [width, 1], dtype=torch.bfloat16)
+    out, lse = TorchVarlen().varlen(
+        **{name: x.to("meta") for name, x in tensors.items()}, **numbers, causal=True, return_lse=True
+    )
+    assert (out.shape, lse.shape) == ((width + 1, 4, 8), (4, width + 1))
+
+
+@needs_torch
 def test_torch_2_12_lets_nobody_choose_splits(calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "installed", lambda name: Engine("2.12.1"))
     c = case("dense", [3], 1)
@@ -195,6 +214,8 @@ def test_sdpa(layout: str, width: int, length: int, causal: bool) -> None:
 
 def test_sdpa_refuses_what_it_cannot_do() -> None:
     c = case("dense", [2, 3], 4, dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match="it has no lse"):
+        Sdpa().with_kvcache(c.q, c.k_cache, c.v_cache, c.k, c.v, cache_seqlens=2, return_lse=True)
     before = c.k_cache.nan_to_num(7)
     with pytest.raises(UnsupportedError, match="it has no row_lengths"):
         Sdpa().with_kvcache(c.q, c.k_cache, c.v_cache, c.k, c.v, cache_seqlens=c.lengths)
