@@ -76,9 +76,9 @@ class Step:
             return store.keys[index, :, :, :end], store.values[index, :, :, :end]
         within, size = store.spec.values_in_keys, store.spec.value_dim
         if store.longest:
-            held = slice(0, store.longest)
-            keys = torch.cat([store.keys[index, :, :, held], keys], 2)
-            values = keys[..., :size] if within else torch.cat([store.values[index, :, :, held], values], 2)
+            held, seen = store.in_use(index)
+            keys = torch.cat([held, keys], 2)
+            values = keys[..., :size] if within else torch.cat([seen, values], 2)
         group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + (0 if within else values.nbytes))
         return keys, values
 
@@ -122,14 +122,14 @@ class Step:
         if self.decoding:
             return
         turned, old = self._turned[id(group)], store.longest
-        if not _over_budget(turned, store):
+        if not any(store.over_budget(turned)):
             store.append(index, keys[:, :, old:], values[:, :, old:], self.counts)
             return
         end = keys.shape[2] - self.tail
         counts = [count - self.tail for count in self.counts]
         fill_from(store, index, keys[:, :, :end], values[:, :, :end], counts, turned, group.logit_spec([layer]))
         if self.tail:
-            behind = [row.length for row in _cut(turned, store)]
+            behind = [row.length for row in store.cut_rows(turned)]
             store.append(index, keys[:, :, end:], values[:, :, end:], [self.tail] * len(counts), behind)
 
     # What happens once a forward pass and group
@@ -205,8 +205,8 @@ class Step:
     def _end_turn(self, group: Group, store: Store) -> None:
         """Make a turn count, but for its tail, and evict where it has not been cut."""
         before, rows = store.rows, self._turned[id(group)]
-        filled = _over_budget(rows, store)
-        store.advance(_cut(rows, store) if filled else rows)
+        filled = any(store.over_budget(rows))
+        store.advance(store.cut_rows(rows) if filled else rows)
         if not filled:  # policies were shown a turn that was cut
             group.evict_after(before, turn=True)
 
@@ -229,16 +229,6 @@ def _refuse_gradients(*tensors: Tensor) -> None:
 def _same(given: Tensor | None, used: Tensor) -> bool:
     """Return whether attention uses what the cache gave; the tensor itself in all but a few models."""
     return given is used or (given is not None and given.dtype == used.dtype and torch.equal(given, used))
-
-
-def _over_budget(rows: Sequence[Row], store: Store) -> bool:
-    return any(row.length > plan.budget for row, plan in zip(rows, store.plans, strict=True))
-
-
-def _cut(rows: Sequence[Row], store: Store) -> list[Row]:
-    """Return the rows after each was cut to its budget."""
-    pairs = zip(rows, store.plans, strict=True)
-    return [row.evicted(min(row.length, plan.budget), plan.recent) for row, plan in pairs]
 
 
 def open_step(cache: Passes, given: dict[str, Any]) -> Step:
