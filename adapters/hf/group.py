@@ -83,7 +83,7 @@ class Group:
         if self.store is None or not self.evicts:
             return {}
         self.store.settle()
-        return dict(zip(self.layers, self.store.in_order().cpu(), strict=True))
+        return {layer: self.store.in_order(index).cpu() for index, layer in enumerate(self.layers)}
 
     def evict_after(self, before: Sequence[Row], *, turn: bool) -> None:
         """Evict where it is due, now that the tokens since ``before`` are there to stay."""
