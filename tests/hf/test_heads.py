@@ -54,7 +54,7 @@ POLICIES = {
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_equal_to_the_oracle(family: str, name: str) -> None:
-    model = tiny(family, torch.float64)
+    model = tiny(family, FAMILIES[family].dtype)
     tokens, mask = padded([40, 33, 9], 97)
     worst, scale, evictions = run(model, POLICIES[name], tokens, mask, 90)
     assert evictions >= 5
