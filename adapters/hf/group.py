@@ -88,8 +88,7 @@ class Group:
         if self.store is None or not self.evicts:
             return {}
         self.store.settle()
-        order = self.store.order[..., : self.store.longest].to(torch.int64)
-        return dict(zip(self.layers, self.store.positions.gather(-1, order).cpu(), strict=True))
+        return dict(zip(self.layers, self.store.in_order().cpu(), strict=True))
 
     def evict_after(self, before: Sequence[Row], *, turn: bool) -> None:
         """Evict where it is due, now that the tokens since ``before`` are there to stay."""

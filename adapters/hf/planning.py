@@ -11,7 +11,7 @@ from kvpolicy.stage import Chain, Stage
 
 __all__ = ["by_plan", "checked", "integers", "plans_of_layers", "policy_text"]
 
-OFFERS = frozenset({"queries", "every_query", "cross_heads"})  #: what this adapter can give a policy
+OFFERS = frozenset({"queries", "every_query", "cross_heads", "head_budgets"})  #: what this adapter can give a policy
 
 
 def checked(policy: EvictionPolicy | Sequence[EvictionPolicy]) -> tuple[EvictionPolicy, ...]:
