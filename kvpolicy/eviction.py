@@ -16,7 +16,7 @@ from kvpolicy.integrity import insist_on_keep
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
-from kvpolicy.window import oldest_first
+from kvpolicy.window import oldest_first, unrolled
 
 __all__ = ["LogitSpec", "evict", "fill_from"]
 
@@ -136,7 +136,15 @@ def _with_window(view: View, store: Store, band: Band, at: slice, logits: LogitS
     queries, positions = queries[:, :, -size:], positions[:, -size:]
     if logits.absorb is not None:
         queries = _absorbed(queries, at, len(store.rows), logits.absorb)
-    return dataclasses.replace(view, queries=queries, query_positions=positions)
+    lse = None
+    if window.lse is not None and _whole(store.rows[band.first : band.stop], size):
+        lse = unrolled(window.lse.flatten(0, 1)[at], places, -3, -1)[:, :, -size:]
+    return dataclasses.replace(view, queries=queries, query_positions=positions, lse=lse)
+
+
+def _whole(rows: Sequence[Row], window: int) -> bool:
+    """Return whether the slots still hold all that any query of the window saw: its log-sum-exp is exact."""
+    return all(row.whole(window) for row in rows)
 
 
 def _absorbed(queries: Tensor, at: slice, requests: int, absorb: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -181,6 +189,8 @@ def fill_from(
     asked, asked_positions = oldest_first(store.window.queries[index], window, at)
     if logits.absorb is not None and store.window.size:
         asked = logits.absorb(index, asked)
+    held = store.window.lse
+    lse = None if held is None else unrolled(held[index], at, -3, -1)
     by_head = torch.tensor(budgets, device=device)[:, None].expand(-1, heads)
     view = View(
         keys=keys,
@@ -208,6 +218,7 @@ def fill_from(
             max_victims=_limit(after[here], budgets[here]),
             queries=asked[here, :, -size:] if size else None,
             query_positions=asked_positions[here, -size:] if size else None,
+            lse=lse[here, :, -size:] if size and lse is not None and _whole(after[here], size) else None,
         )
         keep, state = band.policy.select(part, _state_of_turn(store, band, span, old, keys.shape[2] - old))
         insist_on_keep(keep, part, band.policy)

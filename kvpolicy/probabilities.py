@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvpolicy.log_sum_exp import received_by_lse
 from kvpolicy.view import View
 
 __all__ = ["blocks", "received"]
@@ -37,6 +38,7 @@ def received(
     causal: bool,
     temperature: float,
     reduce: Literal["mean", "max"],
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Return the probability mass that ``queries`` give to each slot.
 
@@ -52,10 +54,15 @@ def received(
         causal: hide slots newer than a query. Leave it out where none can be.
         temperature: divides the logits.
         reduce: over queries and group.
+        lse: ``[B, Hq, W]``, of the logits of each query over the chosen slots that are not newer, with
+            the sink logit, or None: nothing is then summed, unless the temperature makes other
+            logits of them.
 
     Returns:
         ``[B, H, S]`` in ``view.compute_dtype``, 0 where not chosen.
     """
+    if lse is not None and causal and temperature == 1:
+        return received_by_lse(view, queries, query_positions, lse, weight, reduce=reduce)
     b, h, s = view.shape
     window, dim = queries.shape[2], queries.shape[3]
     group = queries.shape[1] // h

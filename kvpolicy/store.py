@@ -35,6 +35,8 @@ class Store:
         layers: which layers of the model these are.
         rows: one record a request.
         drafts: tokens that may be taken back at once; the slots and the window hold as many more.
+        lse: keep the log-sum-exp of each query of the window, which the engine's kernel returns; see
+            :meth:`observe`.
 
     Attributes:
         plans: one a request.
@@ -58,6 +60,7 @@ class Store:
         layers: Sequence[int],
         rows: Sequence[Row],
         drafts: int = 0,
+        lse: bool = False,
     ) -> None:
         policies = policy if isinstance(policy, Sequence) else [policy] * len(rows)
         self.plans = tuple(plan) if isinstance(plan, Sequence) else (plan,) * len(rows)
@@ -78,7 +81,7 @@ class Store:
             self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
             self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
             query_dim = spec.query_dim or spec.head_dim
-            self.window = QueryWindow(*lead, spec.num_query_heads, size, query_dim, spec.dtype, device)
+            self.window = QueryWindow(*lead, spec.num_query_heads, size, query_dim, spec.dtype, device, lse)
             for band in self.bands:
                 band.state = band.begin(spec)
             self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
@@ -111,8 +114,7 @@ class Store:
             *self.arenas,
             self.positions,
             self.order,
-            self.window.queries,
-            self.window.positions,
+            *self.window.tensors(),
             *held,
         ]
 
@@ -121,7 +123,8 @@ class Store:
 
         For each layer and request, with ``C`` slots, ``e`` bytes an element and a window of ``W``:
         ``H * C * (D + Dv) * e`` for keys and values, ``8 * H * C`` for positions and order,
-        ``Hq * W * D * e + 4 * W`` for the window where there is one, and what the stages remember.
+        ``Hq * W * D * e + 4 * W`` for the window where there is one, ``4 * Hq * W`` more (twice that
+        for a float64 cache) where it holds log-sum-exps, and what the stages remember.
         Counters, a few integers a row, are not counted.
         """
         return sum(t.numel() * t.element_size() for t in self.tensors())
@@ -217,9 +220,21 @@ class Store:
                 for held, given in zip(held_stage.rows, new.rows, strict=True):
                     held[here].copy_(given)
 
-    def observe(self, index: int, queries: Tensor, counts: Sequence[int]) -> None:
-        """Write the newest queries of one layer, ``[requests, Hq, T, D]``; :meth:`advance` makes them count."""
-        self.window.write(index, queries, counts)
+    def observe(self, index: int, queries: Tensor, counts: Sequence[int], lse: Tensor | None = None) -> None:
+        """Write the newest queries of one layer; :meth:`advance` makes them count.
+
+        Args:
+            index: the layer, counted within this store.
+            queries: ``[requests, Hq, T, D]``, left-padded.
+            counts: new queries of each row, which are the last columns.
+            lse: ``[requests, Hq, T]``, for a store that holds it: the natural logarithm of the sum of
+                ``exp(logit)`` over all that each query saw, its own token, what was not evicted
+                before, and the sink logit among it; scaled and capped as the model's logits are.
+
+        Raises:
+            UsageError: a store that holds log-sum-exps is given none, or the reverse.
+        """
+        self.window.write(index, queries, counts, lse)
 
     def advance(self, rows: Sequence[Row]) -> None:
         """Make what was written to every layer count.
@@ -363,7 +378,7 @@ class Store:
         plans, rows = [self.plans[r] for r in requests], [replace(self.rows[r]) for r in requests]
         capacity = max(plan.capacity for plan in plans) + self.drafts
         spec = replace(self.spec, capacity=capacity)
-        new = Store(policies, plans, spec, self.layers, rows, self.drafts)
+        new = Store(policies, plans, spec, self.layers, rows, self.drafts, self.window.lse is not None)
         new._copy_rows(self, requests)
         return new
 
