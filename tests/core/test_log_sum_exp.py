@@ -288,9 +288,9 @@ def test_a_turn_is_cut_by_it() -> None:
         rows=(RowSpec(length=20, fresh=20, prompt=20),) * 2, window=4, head_dim=DIM, shuffle=False, spare=0
     )
     assert view.queries is not None
-    store.observe(0, view.queries, [4, 4], lse_of(view))
+    store.window.align([3, 2])
+    store.observe(0, view.queries, [20, 20], lse_of(view))
     rows = [row.advanced(20, decoding=False) for row in store.rows]
-    store.window.at = [0, 0]
     fill_from(store, 0, view.keys, view.values, [20, 20], rows, LOGITS)
     assert watched.shown == [True]
 
