@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.band import Band, Span, bands_of
-from kvpolicy.compaction import move_, moves, reorder_after
+from kvpolicy.compaction import move_, moves, reorder_
 from kvpolicy.errors import UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
@@ -278,11 +278,11 @@ class Store:
         at = span.store
         positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
-        order.copy_(reorder_after(order, keep.mask, source, target))
         moving = [*(arena.flatten(0, 1)[at] for arena in self.arenas), positions]
         held = [t[span.band] for t in band.slots()]
         move_([*moving, *held], source, target)
         first, last = max(0, min(row.length for row in self.rows) - limit), self.longest
+        reorder_(order[..., :last], keep.mask[..., :last], kept, first, source, target)
         free = torch.arange(first, last, device=positions.device) >= kept[..., None]
         positions[..., first:last].masked_fill_(free, -1)
         for tensor in held:  # the next token of a slot begins with nothing
