@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvpolicy.view import View
 
-__all__ = ["received_by_lse"]
+__all__ = ["LOG2_E", "received_by_lse"]
 
-_LOG2_E = math.log2(math.e)  #: powers of 2 cost a CPU a third of those of e
+LOG2_E = math.log2(math.e)  #: powers of 2 cost a CPU a third of those of e
 _CPU_BLOCK = 3 * 2**19  #: bytes of keys and logits, which a core's own caches hold until they are added up; measured
 
 
@@ -48,7 +48,7 @@ def received_by_lse(
     lines = group * window
     asked = queries.reshape(b * h, lines, dim)
     left_out = (weight == 0)[:, None].expand(-1, queries.shape[1], -1)
-    shift = lse.to(dtype).masked_fill(left_out, torch.inf).mul(-_LOG2_E).reshape(b * h, lines, 1)  # 2 ** -inf is 0
+    shift = lse.to(dtype).masked_fill(left_out, torch.inf).mul(-LOG2_E).reshape(b * h, lines, 1)  # 2 ** -inf is 0
     weights = weight.to(dtype).repeat_interleave(h, 0).repeat(1, group)[:, None]
     keys, out = view.keys.flatten(0, 1), torch.zeros(b * h, s, dtype=dtype, device=queries.device)
     pairs, columns = _block(view, (lines + dim) * torch.finfo(dtype).bits // 8)
@@ -102,10 +102,10 @@ def _newest_slots(view: View, count: int) -> Tensor:
 def _powers(view: View, asked: Tensor, keys: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     """Write ``2 ** (log2(e) * logit + shift)`` of ``[N, Q, D]`` queries and ``[N, D, C]`` keys into ``out``."""
     if view.softcap is None:
-        torch.baddbmm(shift.expand_as(out), asked, keys, alpha=view.scaling * _LOG2_E, out=out)
+        torch.baddbmm(shift.expand_as(out), asked, keys, alpha=view.scaling * LOG2_E, out=out)
     else:
         torch.bmm(asked, keys, out=out)
-        out.mul_(view.scaling / view.softcap).tanh_().mul_(view.softcap * _LOG2_E).add_(shift)
+        out.mul_(view.scaling / view.softcap).tanh_().mul_(view.softcap * LOG2_E).add_(shift)
     return out.exp2_()
 
 
