@@ -65,7 +65,7 @@ def received_by_lse(
     slots = _newest_slots(view, window)
     for at in _pieces(b * h, max(1, pairs * columns // window)):
         place = slots[at]
-        held = keys[at].gather(1, place[..., None].expand(-1, -1, dim)).to(dtype)
+        held = keys[torch.arange(b * h, device=place.device)[at, None], place].to(dtype)
         now, subtract = asked[at].to(dtype), shift[at]
         probabilities = _powers(view, now, held.mT, subtract, held.new_empty(len(held), lines, place.shape[1]))
         future = view.positions.flatten(0, 1)[at].gather(1, place)[:, None] > _by_head(query_positions, h)[at, :, None]

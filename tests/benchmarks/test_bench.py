@@ -89,6 +89,7 @@ def test_both_ways_to_ask_give_the_same() -> None:
 def test_what_must_be_touched_is_counted() -> None:
     evictions = Evictions(256, Shape(heads=2, group=2, dim=16), layers=3)
     evictions()
+    assert evictions.store.spec.capacity == 256
     moved = evictions.laps.moved
     assert 0 < moved <= 3 * 2 * 64
     rows = moved * (2 * 16 * 4 + 4 + 4) + 3 * 2 * 256 * 4
