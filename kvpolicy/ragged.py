@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.band import Band, Span
-from kvpolicy.compaction import moves, reorder_after
+from kvpolicy.compaction import moves, reorder_
 from kvpolicy.errors import BudgetError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
@@ -332,7 +332,8 @@ class RaggedStore(Store):
         """Drop what ``keep`` does not name; see :meth:`Store.compact`: each head has holes and a tail of its own."""
         at = span.store
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
-        order = reorder_after(self.slots(at).order, keep.mask, source, target)
+        order = self.slots(at).order  # a copy
+        reorder_(order, keep.mask, kept, 0, source, target)
         first = self._first[at][..., None]
         source, target = (source + first).flatten(), (target + first).flatten()
         states = [t for held in band.state if held is not None for t in held.slots]
@@ -387,7 +388,8 @@ class RaggedStore(Store):
     def fork(self, requests: Sequence[int]) -> RaggedStore:
         """Return a new store whose rows are copies of some rows of this one; modifies nothing."""
         rows = [replace(self.rows[r]) for r in requests]
-        new = RaggedStore(self.bands[0].policy, self.plans[0], self.spec, self.layers, rows)
+        lse = self.window.lse is not None
+        new = RaggedStore(self.bands[0].policy, self.plans[0], self.spec, self.layers, rows, lse=lse)
         new._copy_rows(self, requests)
         return new
 
