@@ -18,7 +18,7 @@ from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
 from kvpolicy.window import oldest_first
 
-__all__ = ["LogitSpec", "evict", "fill_from"]
+__all__ = ["LogitSpec", "evict", "evict_due", "fill_from"]
 
 _BYTES_PER_SLOT = 96  #: what tiers, keys of the total order and masks of one slot take at once
 
@@ -51,6 +51,31 @@ class LogitSpec:
     absorb: Callable[[int, Tensor], Tensor] | None = None
 
 
+def evict_due(store: Store, before: Sequence[Row], logits: Callable[[], LogitSpec], *, turn: bool) -> None:
+    """Evict where it is due, now that the tokens since ``before`` are there to stay.
+
+    A row is due at the end of a turn, and where its count of decoded tokens has reached another multiple of
+    the interval.
+
+    Args:
+        store: modified.
+        before: its rows as they were.
+        logits: what the model's attention does; called only if a policy is asked.
+        turn: a turn ends.
+    """
+    at_end = [
+        turn or (plan.interval is not None and row.decoded // plan.interval > old.decoded // plan.interval)
+        for row, old, plan in zip(store.rows, before, store.plans, strict=True)
+    ]
+    due = [end and over for end, over in zip(at_end, store.over_budget(store.rows), strict=True)]
+    shown = [False] * len(due)
+    for band in store.bands:
+        if "every_query" in band.policy.needs:
+            shown[band.first : band.stop] = at_end[band.first : band.stop]
+    if any(due) or any(shown):
+        evict(store, due, logits(), shown)
+
+
 def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[bool] | None = None) -> None:
     """Cut the rows that are due to their budget, in every layer of the store, in place.
 
@@ -64,32 +89,58 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[
             others under the same policy are shown with them, and with those that are due.
     """
     store.settle()
-    budgets = [
-        plan.budget if is_due else row.length for plan, row, is_due in zip(store.plans, store.rows, due, strict=True)
-    ]
-    every = _whole_view(store, budgets, logits)
+    if any(sharing := store.sharing(store.rows, due)):
+        _share(store, due, sharing, logits)
+        return
+    goals, lengths = store.goals(due), store.lengths()
+    columns = _of_rows(store.rows, store.layers, store.spec.device)
     most = max(1, logits.workspace // 2 // _bytes_per_row(store))
     for band in store.bands:
         here = slice(band.first, band.stop)
         if not any(due[here]) and not any([True] if shown is None else shown[here]):
             continue
-        limit = _limit(store.rows[here], budgets[here])
         for span in band.spans(most):
-            view = _rows_of(every, span.store)
-            view = dataclasses.replace(view, recent=band.plan.recent, max_budget=max(budgets[here]), max_victims=limit)
+            goal, held = goals[span.store], lengths[span.store]
+            limit = max(0, int((held - goal).max()))
+            view = _view(store, span.store, columns, goal, held, logits)
+            view = dataclasses.replace(view, recent=band.plan.recent, max_budget=int(goal.max()), max_victims=limit)
             view = _with_window(view, store, band, span.store, logits)
-            keep, state = band.policy.select(view, band.state_of(span))
+            keep, state = band.policy.select(view, store.state_of(band, span))
             insist_on_keep(keep, view, band.policy)
-            band.remember(span, state)
+            store.remember(band, span, state)
             if limit > 0:
                 store.compact(band, span, keep, view.lengths, torch.minimum(view.budget, view.lengths), limit)
-        for r in range(band.first, band.stop):
-            store.rows[r] = store.rows[r].evicted(budgets[r], band.plan.recent)
+        store.cut(band, due)
 
 
-def _limit(rows: Sequence[Row], budgets: Sequence[int]) -> int:
-    """Return the largest number of slots that a row must lose."""
-    return max(0, *(row.length - budget for row, budget in zip(rows, budgets, strict=True)))
+def _view(store: Store, at: slice, columns: dict[str, Tensor], goal: Tensor, held: Tensor, logits: LogitSpec) -> View:
+    """Return a view of some rows of a store; what a policy's plan decides is filled in later.
+
+    Args:
+        store: settled.
+        at: which of the ``layers * requests`` rows.
+        columns: what :func:`_of_rows` returned.
+        goal: ``[rows, H]`` slots to keep, on the host.
+        held: ``[rows, H]`` slots in use, on the host.
+        logits: what the model's attention does.
+    """
+    lengths = held.to(store.spec.device)
+    mine: dict[str, Any] = {name: column[at] for name, column in columns.items()}
+    new = mine.pop("new")[:, None, None]
+    rank = torch.arange(max(row.length - row.settled for row in store.rows), device=lengths.device)
+    fresh = torch.where(rank < new, lengths[..., None] - new + rank, -1)
+    return View(
+        **store.slots(at)._asdict(),
+        fresh=fresh,
+        budget=goal.to(store.spec.device),
+        lengths=lengths,
+        recent=0,
+        max_budget=0,
+        max_victims=0,
+        sink_logits=None if logits.sinks is None else logits.sinks.repeat_interleave(len(store.rows), 0)[at],
+        **mine,
+        **_of_model(logits),
+    )
 
 
 def _bytes_per_row(store: Store) -> int:
@@ -97,33 +148,7 @@ def _bytes_per_row(store: Store) -> int:
     spec, fresh = store.spec, max(row.length - row.settled for row in store.rows)
     queries = spec.num_query_heads * store.window.size * (spec.head_dim + (spec.query_dim or 0))
     tokens = spec.num_heads * fresh * (spec.head_dim + spec.value_dim)
-    return spec.num_heads * spec.capacity * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
-
-
-def _whole_view(store: Store, budgets: Sequence[int], logits: LogitSpec) -> View:
-    """Return a view of all rows; what differs between policies is filled in later."""
-    layers, heads, device = len(store.layers), store.spec.num_heads, store.spec.device
-    lengths, settled = store.column("length"), store.column("settled")
-    newest = max(row.length - row.settled for row in store.rows)
-    fresh = settled[:, None] + torch.arange(newest, device=device)
-    fresh = torch.where(fresh < lengths[:, None], fresh, -1)
-    by_head = torch.tensor(budgets, device=device)[:, None].expand(-1, heads)
-    return View(
-        keys=store.keys.flatten(0, 1),
-        values=store.values.flatten(0, 1),
-        positions=store.positions.flatten(0, 1),
-        order=store.order.flatten(0, 1),
-        fresh=fresh[:, None].expand(-1, heads, -1).repeat(layers, 1, 1),
-        budget=by_head.repeat(layers, 1),
-        lengths=lengths[:, None].expand(-1, heads).repeat(layers, 1),
-        layer=torch.tensor(store.layers, device=device).repeat_interleave(len(store.rows)),
-        recent=0,
-        max_budget=0,
-        max_victims=0,
-        sink_logits=None if logits.sinks is None else logits.sinks.repeat_interleave(len(store.rows), 0),
-        **_of_rows(store.rows, layers, device),
-        **_of_model(logits),
-    )
+    return spec.num_heads * store.widest * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
 
 
 def _with_window(view: View, store: Store, band: Band, at: slice, logits: LogitSpec) -> View:
@@ -146,6 +171,69 @@ def _absorbed(queries: Tensor, at: slice, requests: int, absorb: Callable[[int, 
         start, stop = max(at.start, layer * requests), min(at.stop, (layer + 1) * requests)
         parts.append(absorb(layer, queries[start - at.start : stop - at.start]))
     return torch.cat(parts)
+
+
+def _share(store: Store, due: Sequence[bool], sharing: Sequence[bool], logits: LogitSpec) -> None:
+    """Evict where rows share their slots over the heads anew: each layer is written afresh, behind itself."""
+    columns, (band,) = _of_rows(store.rows, store.layers, store.spec.device), store.bands
+    goals, lengths = store.goals(due), store.lengths()
+    for index in range(len(store.layers)):
+        span = band.layer(index)
+        goal, held = goals[span.store], lengths[span.store]
+        view = _view(store, span.store, columns, goal, held, logits)
+        view = _with_window(view, store, band, span.store, logits)
+        _cut_layer(store, index, view, goal, held, sharing, [store.state_of(band, span)])
+    store.cut(band, due)
+
+
+def _cut_layer(
+    store: Store,
+    index: int,
+    view: View,
+    goal: Tensor,
+    held: Tensor,
+    sharing: Sequence[bool],
+    states: Sequence[State],
+) -> None:
+    """Let policies choose from a view of one layer, and write what stays into its slots.
+
+    Args:
+        store: one layer of it is modified.
+        index: the layer, counted within the store.
+        view: of every request, each with as many queries as some policy asks for.
+        goal: ``[requests, H]`` slots to keep, on the host.
+        held: ``[requests, H]`` slots that the view has in use, on the host.
+        sharing: which requests share their slots over the heads.
+        states: of the view's slots, one a band.
+    """
+    masks, after = [], []
+    for band, state in zip(store.bands, states, strict=True):
+        here, size = slice(band.first, band.stop), band.plan.window
+        most, victims = int(goal[here].max()), int((held - goal)[here].max())
+        shared = None
+        if any(sharing[here]):  # a head may keep all that it holds, or next to nothing
+            shared = torch.tensor(list(sharing[here]), device=view.keys.device)
+            most = victims = int(held[here].max())
+        part = dataclasses.replace(
+            _rows_of(view, here),
+            recent=band.plan.recent,
+            max_budget=most,
+            max_victims=victims,
+            sharing=shared,
+            queries=None if view.queries is None or not size else view.queries[here, :, -size:],
+            query_positions=None if view.query_positions is None or not size else view.query_positions[here, -size:],
+        )
+        keep, new = band.policy.select(part, state)
+        insist_on_keep(keep, part, band.policy)
+        store.broken[band.layer(index).store] += keep.broken
+        masks.append(keep.mask)
+        after.append(new)
+    mask, order = torch.cat(masks), view.order.to(torch.int64)
+    kept = torch.minimum(goal, held)
+    if any(sharing):  # where slots are shared, and nowhere else, the host must know what was decided
+        kept = torch.where(torch.tensor(list(sharing))[:, None], mask.sum(-1).cpu(), kept)
+    survivors = compress(order, mask.gather(-1, order), int(kept.max()), -1)
+    store.fill(index, survivors, view.keys, view.values, view.positions, after, kept)
 
 
 def fill_from(
@@ -173,74 +261,58 @@ def fill_from(
         after: every row with the new tokens and before any is dropped.
         logits: what the attention of this layer does, its sinks ``[1, Hq]``.
     """
-    heads, device, old = store.spec.num_heads, store.spec.device, store.longest
-    budgets = [min(row.length, plan.budget) for row, plan in zip(after, store.plans, strict=True)]
-    lengths = torch.tensor([row.length for row in after], device=device)
-    positions, order, fresh = _slots_of_turn(store, index, keys.shape[2], counts)
+    device, old, rows = store.spec.device, store.longest, slice(index * len(after), (index + 1) * len(after))
+    held = store.lengths()[rows] + torch.tensor(counts)[:, None]
+    goal = torch.minimum(held, store.goals([True] * len(after))[rows])
+    positions, order, fresh = _slots_of_turn(store, rows, keys.shape[2], counts)
     window, at = store.window.after(counts, [row.seen for row in store.rows])
     asked, asked_positions = oldest_first(store.window.queries[index], window, at)
     if logits.absorb is not None and store.window.size:
         asked = logits.absorb(index, asked)
-    by_head = torch.tensor(budgets, device=device)[:, None].expand(-1, heads)
+    columns = _of_rows(after, store.layers[index : index + 1], device)
+    del columns["new"]
     view = View(
         keys=keys,
         values=values,
         positions=positions,
         order=order,
         fresh=fresh,
-        budget=by_head,
-        lengths=lengths[:, None].expand(-1, heads),
-        layer=torch.full((len(after),), store.layers[index], device=device),
+        budget=goal.to(device),
+        lengths=held.to(device),
         recent=0,
         max_budget=0,
         max_victims=0,
+        queries=asked,
+        query_positions=asked_positions,
         sink_logits=None if logits.sinks is None else logits.sinks.expand(len(after), -1),
-        **_of_rows(after, 1, device),
+        **columns,
         **_of_model(logits),
     )
-    masks, states = [], []
-    for band in store.bands:
-        here, span, size = slice(band.first, band.stop), band.layer(index), band.plan.window
-        part = dataclasses.replace(
-            _rows_of(view, here),
-            recent=band.plan.recent,
-            max_budget=max(budgets[here]),
-            max_victims=_limit(after[here], budgets[here]),
-            queries=asked[here, :, -size:] if size else None,
-            query_positions=asked_positions[here, -size:] if size else None,
-        )
-        keep, state = band.policy.select(part, _state_of_turn(store, band, span, old, keys.shape[2] - old))
-        insist_on_keep(keep, part, band.policy)
-        store.broken[span.store] += keep.broken
-        masks.append(keep.mask)
-        states.append(state)
-    in_order = order.to(torch.int64)
-    survivors = compress(in_order, torch.cat(masks).gather(-1, in_order), max(budgets), -1)
-    store.fill(index, survivors, keys, values, positions, states)
+    states = [_state_of_turn(store, band, band.layer(index), old, keys.shape[2] - old) for band in store.bands]
+    sharing = store.sharing(after, store.over_budget(after))
+    _cut_layer(store, index, view, goal, held, sharing, states)
 
 
-def _slots_of_turn(store: Store, index: int, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _slots_of_turn(store: Store, rows: slice, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return positions, order and fresh slots of what a layer holds joined with a turn's tokens."""
     device, heads, old = store.spec.device, store.spec.num_heads, store.longest
-    width = size - old
+    width, slots = size - old, store.slots(rows)
     count = torch.tensor(counts, device=device)[:, None, None]
-    length, settled, seen = (store.column(name)[:, None, None] for name in ("length", "settled", "seen"))
+    length, seen = store.lengths()[rows].to(device)[..., None], store.column("seen")[:, None, None]
+    unsettled = (store.column("length") - store.column("settled"))[:, None, None]
     pad = width - count
     slot, column = torch.arange(size, device=device), torch.arange(width, device=device)
     new = torch.where(column >= pad, seen + column - pad, -1).expand(-1, heads, -1)
-    positions = torch.cat([store.positions[index, :, :, :old], new.to(torch.int32)], -1)
+    positions = torch.cat([slots.positions[..., :old], new.to(torch.int32)], -1)
     # In position order: the old slots, the new ones, then whatever is free, each slot once.
-    held = torch.cat(
-        [store.order[index, :, :, :old].to(torch.int64), new.new_zeros(len(counts), heads, width)],
-        -1,
-    )
+    held = torch.cat([slots.order[..., :old].to(torch.int64), new.new_zeros(len(counts), heads, width)], -1)
     free = slot - length - count
     free = torch.where(free < old - length, length + free, free + length)
     order = torch.where(slot < length, held, torch.where(slot < length + count, old + pad + slot - length, free))
-    unsettled = length - settled
+    settled = length - unsettled
     rank = torch.arange(max(row.length - row.settled for row in store.rows) + width, device=device)
     fresh = torch.where(rank < unsettled, settled + rank, old + pad + rank - unsettled)
-    fresh = torch.where(rank < unsettled + count, fresh, -1).expand(-1, heads, -1)
+    fresh = torch.where(rank < unsettled + count, fresh, -1)
     return positions, order.to(torch.int32), fresh
 
 
@@ -248,7 +320,7 @@ def _state_of_turn(store: Store, band: Band, span: Span, old: int, width: int) -
     """Return the state of a layer's slots, followed by that of tokens that nobody has seen."""
     empty = band.policy.init(dataclasses.replace(store.spec, capacity=width), band.count)
     joined: list[StageState | None] = []
-    for held, new in zip(band.state_of(span), empty, strict=True):
+    for held, new in zip(store.state_of(band, span), empty, strict=True):
         if held is None or new is None:
             joined.append(None)
             continue
@@ -257,8 +329,8 @@ def _state_of_turn(store: Store, band: Band, span: Span, old: int, width: int) -
     return tuple(joined)
 
 
-def _of_rows(rows: Sequence[Row], layers: int, device: torch.device) -> dict[str, Any]:
-    """Return the view's fields that count what happened to each row, repeated for each layer."""
+def _of_rows(rows: Sequence[Row], layers: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Return what happened to each row, repeated for each layer: fields of the view, and how many slots are new."""
     names = {
         "seen": "seen",
         "prompt": "prompt_length",
@@ -266,10 +338,14 @@ def _of_rows(rows: Sequence[Row], layers: int, device: torch.device) -> dict[str
         "request": "request",
         "seed": "seed",
     }
-    return {
-        to: torch.tensor([getattr(row, of) for row in rows], dtype=torch.int64, device=device).repeat(layers)
-        for of, to in names.items()
+    columns = {to: [getattr(row, of) for row in rows] for of, to in names.items()}
+    columns["new"] = [row.length - row.settled for row in rows]
+    found = {
+        name: torch.tensor(column, dtype=torch.int64, device=device).repeat(len(layers))
+        for name, column in columns.items()
     }
+    found["layer"] = torch.tensor(layers, device=device).repeat_interleave(len(rows))
+    return found
 
 
 def _of_model(logits: LogitSpec) -> dict[str, Any]:

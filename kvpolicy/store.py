@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,23 @@ from kvpolicy.scores import Keep
 from kvpolicy.view import LayerSpec, State
 from kvpolicy.window import QueryWindow
 
-__all__ = ["Store"]
+__all__ = ["Slots", "Store"]
+
+
+class Slots(NamedTuple):
+    """Show the slots of some rows.
+
+    Attributes:
+        keys: ``[rows, H, S, D]``; see :class:`~kvpolicy.scattered.Scattered` for what does not lie in one block.
+        values: ``[rows, H, S, Dv]``.
+        positions: ``[rows, H, S]`` int32, -1 where free.
+        order: ``[rows, H, S]`` int32, the slots in position order, free slots last.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    order: Tensor
 
 
 class Store:
@@ -67,21 +84,26 @@ class Store:
         self.bands = bands_of(policies, self.plans, len(self.layers))
         self._ends: tuple[Tensor, Tensor, Tensor] | None = None
         lead, device = (len(self.layers), len(self.rows)), spec.device
-        slots = (*lead, spec.num_heads, spec.capacity)
         asked = max(one.window for one in self.plans)
         size = asked + drafts if asked else 0
         with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
-            self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=device)
-            self.values = self.keys[..., : spec.value_dim]
-            if not spec.values_in_keys:
-                self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
-            self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
-            self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
+            self._allocate(lead)
             query_dim = spec.query_dim or spec.head_dim
             self.window = QueryWindow(*lead, spec.num_query_heads, size, query_dim, spec.dtype, device)
-            for band in self.bands:
-                band.state = band.begin(spec)
             self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
+
+    def _allocate(self, lead: tuple[int, int]) -> None:
+        """Allocate the slots of ``lead`` layers and requests, and what the policies remember of them."""
+        spec, device = self.spec, self.spec.device
+        slots = (*lead, spec.num_heads, spec.capacity)
+        self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=device)
+        self.values = self.keys[..., : spec.value_dim]
+        if not spec.values_in_keys:
+            self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=device)
+        self.positions = torch.full(slots, -1, dtype=torch.int32, device=device)
+        self.order = torch.arange(spec.capacity, dtype=torch.int32, device=device).expand(slots).contiguous()
+        for band in self.bands:
+            band.state = band.begin(spec)
 
     # What it holds
 
@@ -94,6 +116,11 @@ class Store:
     def longest(self) -> int:
         """Return the slots in use of the longest row."""
         return max(row.length for row in self.rows)
+
+    @property
+    def widest(self) -> int:
+        """Return the slots that a view of a row shows of each head."""
+        return self.spec.capacity
 
     def column(self, name: str) -> Tensor:
         """Return one count of every row, ``[requests]`` int64 on the store's device."""
@@ -125,6 +152,55 @@ class Store:
         Counters, a few integers a row, are not counted.
         """
         return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    # What an eviction reads
+
+    def lengths(self) -> Tensor:
+        """Return the slots in use of each head, ``[layers * requests, H]`` int64 on the host."""
+        return self._by_row([row.length for row in self.rows])
+
+    def goals(self, due: Sequence[bool]) -> Tensor:
+        """Return the slots that each head is to keep, ``[layers * requests, H]`` int64 on the host.
+
+        Args:
+            due: which requests are cut to their budget; the others keep what they hold.
+        """
+        pairs = zip(self.plans, self.rows, due, strict=True)
+        return self._by_row([plan.budget if is_due else row.length for plan, row, is_due in pairs])
+
+    def _by_row(self, counts: Sequence[int]) -> Tensor:
+        return torch.tensor(counts).repeat(len(self.layers))[:, None].expand(-1, self.spec.num_heads)
+
+    def over_budget(self, rows: Sequence[Row]) -> list[bool]:
+        """Return which rows, given as they were counted, hold more than their budget."""
+        return [row.length > plan.budget for row, plan in zip(rows, self.plans, strict=True)]
+
+    def sharing(self, rows: Sequence[Row], due: Sequence[bool]) -> list[bool]:
+        """Return which of the rows that are due have their slots shared over the heads anew: none."""
+        return [False] * len(rows)
+
+    def slots(self, at: slice) -> Slots:
+        """Return the slots of some of the ``layers * requests`` rows, as a view shows them."""
+        return Slots(*(t.flatten(0, 1)[at] for t in (self.keys, self.values, self.positions, self.order)))
+
+    def in_use(self, index: int, more: int = 0) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer, ``[requests, H, S, D]``, up to ``more`` slots behind the longest row."""
+        size = self.longest + more
+        return self.keys[index, :, :, :size], self.values[index, :, :, :size]
+
+    def in_order(self) -> Tensor:
+        """Return the positions of the slots in use, ascending: ``[layers, requests, H, S]``, -1 behind the last."""
+        slots = self.slots(slice(None))
+        order = slots.order[..., : self.longest].to(torch.int64)
+        return _by_layer(slots.positions.gather(-1, order), len(self.layers))
+
+    def state_of(self, band: Band, span: Span) -> State:
+        """Return what a policy remembers of some rows, its slots in the places of :meth:`slots`."""
+        return band.state_of(span)
+
+    def remember(self, band: Band, span: Span, state: State) -> None:
+        """Take over what a policy remembers of some rows; modifies the band's tensors."""
+        band.remember(span, state)
 
     # Writing tokens
 
@@ -186,6 +262,7 @@ class Store:
         values: Tensor,
         positions: Tensor,
         states: Sequence[State],
+        kept: Tensor,
     ) -> None:
         """Replace the slots of one layer by survivors of a larger, temporary layer.
 
@@ -198,6 +275,7 @@ class Store:
             values: ``[requests, H, S, Dv]``.
             positions: ``[requests, H, S]``.
             states: of the temporary layer, one a band.
+            kept: ``[requests, H]`` int64 on the host, how many survivors each head has.
         """
         used, size = survivors >= 0, survivors.shape[-1]
         self.keys[index, :, :, :size].copy_(_picked(keys, survivors))
@@ -273,6 +351,17 @@ class Store:
         for tensor in held:  # the next token of a slot begins with nothing
             tensor[:, :, first:last].masked_fill_(free.view(*free.shape, *[1] * (tensor.dim() - 3)), 0)
         self.broken[at] += keep.broken
+
+    def cut(self, band: Band, due: Sequence[bool]) -> None:
+        """Count an eviction of the rows of a policy: those that are due were cut, the others were seen by it."""
+        for r in range(band.first, band.stop):
+            row = self.rows[r]
+            self.rows[r] = row.evicted(band.plan.budget if due[r] else row.length, band.plan.recent)
+
+    def cut_rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Return rows of a turn, given as they were counted, as they are once :meth:`fill` has cut them."""
+        pairs = zip(rows, self.plans, strict=True)
+        return [row.evicted(min(row.length, plan.budget), plan.recent) for row, plan in pairs]
 
     # Undoing, reordering, starting again
 

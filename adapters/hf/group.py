@@ -13,7 +13,7 @@ from kvpolicy.adapters.hf.latent import Latent
 from kvpolicy.adapters.hf.ranks import Ranks
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.eviction import LogitSpec, evict
+from kvpolicy.eviction import LogitSpec, evict, evict_due
 from kvpolicy.policy import LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.store import Store
@@ -27,7 +27,8 @@ class Group:
 
     Attributes:
         layers: indices.
-        plans: of each of them; one that all requests share, or one a request.
+        plans: of each of them; one that all requests share, or one a request; none where the policies
+            leave them alone.
         device: where they live.
         num_layers: layers of the model.
         workspace: bytes that the temporaries of one eviction may take.
@@ -54,9 +55,14 @@ class Group:
     turn_nbytes: int = 0
 
     @property
+    def evicts(self) -> bool:
+        """Return whether policies evict from these layers, and do not leave them alone."""
+        return bool(self.plans)
+
+    @property
     def capacity(self) -> int:
-        """Return the slots that the plans ask for."""
-        return max(plan.capacity for plan in self.plans)
+        """Return the slots that the plans ask for, 0 without any."""
+        return max((plan.capacity for plan in self.plans), default=0)
 
     def index(self, layer: int) -> int:
         """Return the place of a layer in the store."""
@@ -73,32 +79,16 @@ class Group:
         return replace(self, plans=plans, store=store, logits=logits, unsettled=unsettled, static=None)
 
     def positions(self) -> dict[int, Tensor]:
-        """Return a copy of the kept positions of each layer, ascending, -1 behind the last."""
-        if self.store is None:
+        """Return a copy of the kept positions of each layer that evicts, ascending, -1 behind the last."""
+        if self.store is None or not self.evicts:
             return {}
         self.store.settle()
-        order = self.store.order[..., : self.store.longest].to(torch.int64)
-        return dict(zip(self.layers, self.store.positions.gather(-1, order).cpu(), strict=True))
+        return dict(zip(self.layers, self.store.in_order().cpu(), strict=True))
 
     def evict_after(self, before: Sequence[Row], *, turn: bool) -> None:
-        """Evict where it is due, now that the tokens since ``before`` are there to stay.
-
-        A row is due at the end of a turn, and where its count of decoded tokens has reached another
-        multiple of the interval.
-        """
-        store = self.store
-        assert store is not None
-        at_end = [
-            turn or (plan.interval is not None and row.decoded // plan.interval > old.decoded // plan.interval)
-            for row, old, plan in zip(store.rows, before, store.plans, strict=True)
-        ]
-        due = [end and row.length > plan.budget for end, row, plan in zip(at_end, store.rows, store.plans, strict=True)]
-        shown = [False] * len(due)
-        for band in store.bands:
-            if "every_query" in band.policy.needs:
-                shown[band.first : band.stop] = at_end[band.first : band.stop]
-        if any(due) or any(shown):
-            evict(store, due, self.logit_spec(self.layers), shown)
+        """Evict where it is due, now that the tokens since ``before`` are there to stay."""
+        assert self.store is not None
+        evict_due(self.store, before, lambda: self.logit_spec(self.layers), turn=turn)
 
     def settle(self) -> None:
         """Evict where it is due, now that no more tokens will be taken back."""

@@ -12,14 +12,16 @@ from transformers.cache_utils import Cache
 
 from kvpolicy.adapters.hf import binding, compat, planning
 from kvpolicy.adapters.hf.arguments import tokens_of
-from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
+from kvpolicy.adapters.hf.attention import AttentionFunction, by_head, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.ranks import Ranks, said
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.adapters.hf.step import Step, open_step
 from kvpolicy.errors import UnsupportedError, UsageError
+from kvpolicy.growing import GrowingStore
 from kvpolicy.policy import EvictionPolicy
+from kvpolicy.ragged import RaggedStore, new_store
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
@@ -31,7 +33,7 @@ class Passes(Cache, binding.Evicting):
     """Be the part of an :class:`EvictionCache` that tokens go through.
 
     Attributes:
-        groups: the layers that evict.
+        groups: the layers whose tokens are held here, those that evict first.
         policies: one that all requests follow, or one a request.
         options: what the cache was made with.
         ranks: the processes that share the heads.
@@ -84,9 +86,9 @@ class Passes(Cache, binding.Evicting):
 
     @property
     def evictions(self) -> list[int]:
-        """Return the evictions of each request, empty before the first forward pass."""
-        store = self.groups[0].store
-        return [] if store is None else [row.evictions for row in store.rows]
+        """Return the evictions of each request, of the layer that had most; empty before the first forward pass."""
+        stores = [group.store for group in self.groups if group.store is not None]
+        return [max(row.evictions for row in layers) for layers in zip(*(store.rows for store in stores), strict=True)]
 
     def until_eviction(self) -> int:
         """Return how many tokens can be decoded before an eviction is due in some row."""
@@ -104,9 +106,11 @@ class Passes(Cache, binding.Evicting):
 
     def allocate(self, group: Group, spec: LayerSpec, rows: list[Row]) -> Store:
         """Return new slots for the layers of a group."""
+        if not group.evicts:
+            return GrowingStore(spec, group.layers, rows)
         policies = [self.policy_of(r) for r in range(len(rows))]
         plans = [group.plans[r % len(group.plans)] for r in range(len(rows))]
-        return Store(policies, plans, spec, group.layers, rows, self.max_draft_tokens)
+        return new_store(policies, plans, spec, group.layers, rows, self.max_draft_tokens)
 
     def new_seeds(self, requests: int) -> list[tuple[int, int]]:
         """Return the name and the seed of each request of a batch.
@@ -126,8 +130,8 @@ class Passes(Cache, binding.Evicting):
             columns.append(given or [0] * requests)
         return list(zip(*columns, strict=True))
 
-    def evicts(self, layer: int) -> bool:
-        """Return whether a layer evicts."""
+    def holds(self, layer: int) -> bool:
+        """Return whether a layer's tokens are held here, and not in a layer of transformers."""
         return layer in self._group_of
 
     # One forward pass: begin, then take and attend for each layer, then finish
@@ -234,8 +238,11 @@ class Passes(Cache, binding.Evicting):
             static.observe(group.index(layer), query)
             return one_token(module, function, original, query, key, value, static.visible(), **kwargs)
         assert step is not None
-        visible = step.visible(group)
-        if not step.decoding:
+        visible, store = step.visible(group, layer), group.store
+        if step.decoding and isinstance(store, RaggedStore):
+            index = group.index(layer)
+            out = by_head(module, function, original, query, store, index, visible, **kwargs)
+        elif not step.decoding:
             out = turn(module, function, original, query, key, value, visible, mask, **kwargs)
         else:
             attend = one_token if step.width == 1 else several_tokens

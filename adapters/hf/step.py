@@ -13,6 +13,7 @@ from kvpolicy.adapters.hf import arguments
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.errors import UnsupportedError, UsageError
 from kvpolicy.eviction import fill_from
+from kvpolicy.ragged import RaggedStore
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
@@ -72,22 +73,31 @@ class Step:
         index = group.index(layer)
         if self.decoding:
             store.append(index, keys, values, self.counts)
+            if isinstance(store, RaggedStore):
+                return keys, values  # attention reads the slots of each head where they lie
             end = store.longest + self.width
             return store.keys[index, :, :, :end], store.values[index, :, :, :end]
         within, size = store.spec.values_in_keys, store.spec.value_dim
         if store.longest:
-            held = slice(0, store.longest)
-            keys = torch.cat([store.keys[index, :, :, held], keys], 2)
-            values = keys[..., :size] if within else torch.cat([store.values[index, :, :, held], values], 2)
+            held, seen = store.in_use(index)
+            keys = torch.cat([held, keys], 2)
+            values = keys[..., :size] if within else torch.cat([seen, values], 2)
         group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + (0 if within else values.nbytes))
         return keys, values
 
-    def visible(self, group: Group) -> Tensor | None:
+    def visible(self, group: Group, layer: int) -> Tensor | None:
         """Return which slots may be seen, None where all may.
 
         Decoding: ``[requests, 1, tokens, slots]`` bool, the new tokens among the slots. A turn:
-        ``[requests, 1, 1, slots]``, the slots in use before it.
+        ``[requests, 1, 1, slots]``, the slots in use before it. Query heads stand for 1 where heads differ.
         """
+        store = group.store
+        if isinstance(store, RaggedStore):
+            lengths = store.lengths()[store.rows_of(group.index(layer))].to(store.spec.device)
+            if not self.decoding and not store.longest:
+                return None
+            shared = store.spec.num_query_heads // store.spec.num_heads
+            return _seen(lengths.repeat_interleave(shared, 1), store.longest, self.width if self.decoding else 0)
         return self._visible[id(group)]
 
     def attended(
@@ -122,14 +132,14 @@ class Step:
         if self.decoding:
             return
         turned, old = self._turned[id(group)], store.longest
-        if not _over_budget(turned, store):
+        if not any(store.over_budget(turned)):
             store.append(index, keys[:, :, old:], values[:, :, old:], self.counts)
             return
         end = keys.shape[2] - self.tail
         counts = [count - self.tail for count in self.counts]
         fill_from(store, index, keys[:, :, :end], values[:, :, :end], counts, turned, group.logit_spec([layer]))
         if self.tail:
-            behind = [row.length for row in _cut(turned, store)]
+            behind = [row.length for row in store.cut_rows(turned)]
             store.append(index, keys[:, :, end:], values[:, :, end:], [self.tail] * len(counts), behind)
 
     # What happens once a forward pass and group
@@ -178,10 +188,7 @@ class Step:
         if store.uniform and new <= 1 and (self.decoding or not store.longest):
             self._visible[id(group)] = None
             return
-        slots, length = torch.arange(store.longest + new, device=store.spec.device), store.column("length")
-        # Each decoded token sees those before it and itself; how a turn sees itself is transformers' mask.
-        stop = length[:, None] + torch.arange(1, new + 1, device=slots.device) if new else length[:, None]
-        self._visible[id(group)] = (slots < stop[..., None])[:, None]
+        self._visible[id(group)] = _seen(store.column("length")[:, None], store.longest, new)
 
     # The end
 
@@ -205,8 +212,8 @@ class Step:
     def _end_turn(self, group: Group, store: Store) -> None:
         """Make a turn count, but for its tail, and evict where it has not been cut."""
         before, rows = store.rows, self._turned[id(group)]
-        filled = _over_budget(rows, store)
-        store.advance(_cut(rows, store) if filled else rows)
+        filled = any(store.over_budget(rows))
+        store.advance(store.cut_rows(rows) if filled else rows)
         if not filled:  # policies were shown a turn that was cut
             group.evict_after(before, turn=True)
 
@@ -221,6 +228,16 @@ class Step:
             group.evict_after(before, turn=False)
 
 
+def _seen(lengths: Tensor, longest: int, new: int) -> Tensor:
+    """Return which slots new tokens see, ``[requests, heads, tokens, slots]``, given ``[requests, heads]`` in use.
+
+    Each decoded token sees those before it and itself; how a turn sees itself is transformers' mask.
+    """
+    slots = torch.arange(longest + new, device=lengths.device)
+    stop = lengths[..., None] + torch.arange(1, new + 1, device=slots.device) if new else lengths[..., None]
+    return slots < stop[..., None]
+
+
 def _refuse_gradients(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise UsageError("slots carry no gradients: run the model under torch.no_grad()")
@@ -229,16 +246,6 @@ def _refuse_gradients(*tensors: Tensor) -> None:
 def _same(given: Tensor | None, used: Tensor) -> bool:
     """Return whether attention uses what the cache gave; the tensor itself in all but a few models."""
     return given is used or (given is not None and given.dtype == used.dtype and torch.equal(given, used))
-
-
-def _over_budget(rows: Sequence[Row], store: Store) -> bool:
-    return any(row.length > plan.budget for row, plan in zip(rows, store.plans, strict=True))
-
-
-def _cut(rows: Sequence[Row], store: Store) -> list[Row]:
-    """Return the rows after each was cut to its budget."""
-    pairs = zip(rows, store.plans, strict=True)
-    return [row.evicted(min(row.length, plan.budget), plan.recent) for row, plan in pairs]
 
 
 def open_step(cache: Passes, given: dict[str, Any]) -> Step:
