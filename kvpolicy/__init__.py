@@ -9,7 +9,7 @@ Importing kvpolicy changes nothing in any library, and loads torch alone.
 
 from pathlib import Path as _Path
 
-from kvpolicy.allocators import Allocator, Uniform
+from kvpolicy.allocators import Allocator, PerLayer, Pyramid, Uniform
 from kvpolicy.errors import (
     BindError,
     BudgetError,
@@ -74,10 +74,12 @@ __all__ = [
     "Normalize",
     "ParameterError",
     "ParseError",
+    "PerLayer",
     "Plan",
     "Policy",
     "PolicyError",
     "Prompt",
+    "Pyramid",
     "Recency",
     "Redundancy",
     "Scorer",

@@ -195,9 +195,11 @@ class Policy:
             )
         window = max(stage.queries_read(self.interval) for stage in self.stages)
         layers: list[LayerPlan | None] = []
-        for budget in self.chain.selector.budgets(model.num_layers, self.recent):
+        budgets = self.chain.selector.budgets(model.num_layers, self.recent)
+        for number, budget in enumerate(budgets):
             if budget is not None:
-                self._check_budget(budget)
+                where = "" if len(set(budgets)) == 1 else f"layer {number} of the {len(budgets)} that may evict: "
+                self._check_budget(budget, where)
             layers.append(
                 None if budget is None else LayerPlan(budget, budget + grown, self.interval, self.recent, window)
             )
@@ -220,16 +222,16 @@ class Policy:
             scores = transform.apply_with(scores, view.at(sum(1 for _ in scorer.leaves())), state)
         return self.chain.selector.select(scores, view), state
 
-    def _check_budget(self, budget: int) -> None:
+    def _check_budget(self, budget: int, where: str) -> None:
         if budget <= self.recent:
             raise BudgetError(
-                f"a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens could "
+                f"{where}a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens could "
                 f"stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
             )
         for stage in self.stages:
             if stage.reserved(budget) + self.recent > budget:
                 raise BudgetError(
-                    f"{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do not "
+                    f"{where}{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do not "
                     f"fit into a budget of {budget}; raise the budget to at least "
                     f"{stage.reserved(budget) + self.recent}, or protect less"
                 )

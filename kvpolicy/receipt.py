@@ -21,9 +21,9 @@ class Receipt:
         policy: the policy of each request, with every parameter written out.
         version: of kvpolicy.
         seen: tokens of each request.
-        slots: slots in use, per KV head, of each request.
-        capacity: slots allocated per KV head.
-        evictions: of each request.
+        slots: slots in use, per KV head, of each request, in the layer with most of those that evict.
+        capacity: slots allocated per KV head, in the layer with most of those that evict.
+        evictions: of each request, in the layer with most: a layer with a smaller budget may be due earlier.
         guards_broken: guarded tokens that had to go, of each request, over all layers and heads:
             guards protected more than the budget.
         nbytes: bytes allocated for keys, values, positions, window and policy state of the
@@ -31,7 +31,7 @@ class Receipt:
         turn_nbytes: what the largest turn so far held besides, for one layer at a time: the keys and
             values of a prompt, or of a chunk of it joined with the slots.
         window_nbytes: those of nbytes that hold the newest queries.
-        other_nbytes: bytes that layers left alone (sliding, linear) hold now.
+        other_nbytes: bytes that layers left alone (sliding, linear, or left alone by the policy) hold now.
         layers: the layers that evict.
         skipped: the layers left alone, and why.
         kept: the kept positions of each layer that evicts, on the host; see :meth:`positions`.

@@ -24,8 +24,9 @@ class TopK(Selector):
     Args:
         budget: slots kept per KV head after an eviction, or an allocator.
 
-    >>> TopK(1024)
-    TopK(1024)
+    >>> from kvpolicy import Pyramid
+    >>> TopK(1024), TopK(Pyramid(1024))
+    (TopK(1024), TopK(Pyramid(1024)))
     """
 
     allocator: Allocator
@@ -48,4 +49,4 @@ class TopK(Selector):
     def text(self, *, full: bool = False) -> str:
         """Return ``TopK(n)`` for a uniform budget."""
         inner = self.allocator
-        return f"TopK({inner.budget if isinstance(inner, Uniform) else inner!r})"
+        return f"TopK({inner.budget if isinstance(inner, Uniform) else inner.text(full=full)})"

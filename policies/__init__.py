@@ -3,6 +3,7 @@
 from kvpolicy.policies.h2o import h2o
 from kvpolicy.policies.keydiff import keydiff
 from kvpolicy.policies.knorm import knorm
+from kvpolicy.policies.pyramidkv import pyramidkv
 from kvpolicy.policies.random_eviction import random_eviction
 from kvpolicy.policies.rkv import rkv
 from kvpolicy.policies.snapkv import snapkv
@@ -14,6 +15,7 @@ __all__ = [
     "h2o",
     "keydiff",
     "knorm",
+    "pyramidkv",
     "random_eviction",
     "rkv",
     "snapkv",

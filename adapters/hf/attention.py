@@ -32,7 +32,7 @@ def register(original: str) -> str:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         cache = kwargs.pop(CACHE, None)
         function = _function(original, module)
-        if cache is None or not cache.evicts(module.layer_idx):
+        if cache is None or not cache.holds(module.layer_idx):
             return function(module, query, key, value, mask, **kwargs)
         return cache.attend(module, function, original, query, key, value, mask, **kwargs)
 

@@ -117,7 +117,13 @@ class EvictionCache(Passes):
         }
         spec = ModelSpec(len(found.evicting), max_new_tokens)
         by_layer = planning.plans_of_layers([one.plan(spec) for one in self.policies], found.evicting)
-        self.skipped = found.skipped
+        alone = [layer for layer, plans in by_layer.items() if not plans]
+        if static and alone:
+            raise UnsupportedError(
+                f"static=True gives decoding fixed shapes, and the policy leaves layers {_named(alone)} alone, whose slots "
+                "grow; leave static out, or give them a budget beyond the longest text"
+            )
+        self.skipped = {**found.skipped, **dict.fromkeys(alone, "left alone by the policy")}
         self.groups = [
             Group(
                 tuple(same),
@@ -129,8 +135,9 @@ class EvictionCache(Passes):
                 {i: found.latents[i] for i in same if i in found.latents},
             )
             for device, group in found.groups.items()
-            for plans, same in planning.by_plan(group, by_layer).items()
+            for plans, same in planning.by_plan(group, by_layer)
         ]
+        self.groups.sort(key=lambda group: not group.evicts)
         self._group_of = {layer: group for group in self.groups for layer in group.layers}
         layers: list[Any] = [
             EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)
@@ -276,9 +283,10 @@ class EvictionCache(Passes):
         from kvpolicy import __version__
 
         self.step()
-        stores = [group.store for group in self.groups if group.store is not None]
+        stores = [group.store for group in self.groups if group.store is not None and group.evicts]
         if not stores:
             raise UsageError("no token has been seen yet: there is nothing to prove")
+        alone = [group.store for group in self.groups if group.store is not None and not group.evicts]
         rows = stores[0].rows
         broken = torch.stack([store.broken.view(-1, len(rows)).sum(0).cpu() for store in stores]).sum(0)
         kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
@@ -288,13 +296,13 @@ class EvictionCache(Passes):
             seen=tuple(row.seen for row in rows),
             slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),
             capacity=max(store.spec.capacity for store in stores),
-            evictions=tuple(row.evictions for row in rows),
+            evictions=tuple(self.evictions),
             guards_broken=tuple(broken.tolist()),
             nbytes=sum(store.nbytes() for store in stores),
             turn_nbytes=max(group.turn_nbytes for group in self.groups),
             window_nbytes=sum(store.window.nbytes() for store in stores),
-            other_nbytes=sum(others.nbytes(layer) for layer in self._others()),
-            layers=tuple(sorted(self._group_of)),
+            other_nbytes=sum(map(others.nbytes, self._others())) + sum(store.nbytes() for store in alone),
+            layers=tuple(sorted(layer for group in self.groups if group.evicts for layer in group.layers)),
             skipped=self.skipped,
             kept=kept,
         )
@@ -316,3 +324,7 @@ class EvictionCache(Passes):
             for layer, number in kept_alike(self.policies, self.ranks, group.positions()).items():
                 found[f"the fingerprint of the positions that layer {layer} keeps"] = number
         self.ranks.insist(found, IntegrityError)
+
+
+def _named(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

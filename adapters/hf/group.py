@@ -27,7 +27,8 @@ class Group:
 
     Attributes:
         layers: indices.
-        plans: of each of them; one that all requests share, or one a request.
+        plans: of each of them; one that all requests share, or one a request; none where the policies
+            leave them alone.
         device: where they live.
         num_layers: layers of the model.
         workspace: bytes that the temporaries of one eviction may take.
@@ -54,9 +55,14 @@ class Group:
     turn_nbytes: int = 0
 
     @property
+    def evicts(self) -> bool:
+        """Return whether policies evict from these layers, and do not leave them alone."""
+        return bool(self.plans)
+
+    @property
     def capacity(self) -> int:
-        """Return the slots that the plans ask for."""
-        return max(plan.capacity for plan in self.plans)
+        """Return the slots that the plans ask for, 0 without any."""
+        return max((plan.capacity for plan in self.plans), default=0)
 
     def index(self, layer: int) -> int:
         """Return the place of a layer in the store."""
@@ -73,8 +79,8 @@ class Group:
         return replace(self, plans=plans, store=store, logits=logits, unsettled=unsettled, static=None)
 
     def positions(self) -> dict[int, Tensor]:
-        """Return a copy of the kept positions of each layer, ascending, -1 behind the last."""
-        if self.store is None:
+        """Return a copy of the kept positions of each layer that evicts, ascending, -1 behind the last."""
+        if self.store is None or not self.evicts:
             return {}
         self.store.settle()
         order = self.store.order[..., : self.store.longest].to(torch.int64)

@@ -19,6 +19,7 @@ from kvpolicy.adapters.hf.ranks import Ranks, said
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.adapters.hf.step import Step, open_step
 from kvpolicy.errors import UnsupportedError, UsageError
+from kvpolicy.growing import GrowingStore
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.row import Row
 from kvpolicy.store import Store
@@ -31,7 +32,7 @@ class Passes(Cache, binding.Evicting):
     """Be the part of an :class:`EvictionCache` that tokens go through.
 
     Attributes:
-        groups: the layers that evict.
+        groups: the layers whose tokens are held here, those that evict first.
         policies: one that all requests follow, or one a request.
         options: what the cache was made with.
         ranks: the processes that share the heads.
@@ -84,9 +85,9 @@ class Passes(Cache, binding.Evicting):
 
     @property
     def evictions(self) -> list[int]:
-        """Return the evictions of each request, empty before the first forward pass."""
-        store = self.groups[0].store
-        return [] if store is None else [row.evictions for row in store.rows]
+        """Return the evictions of each request, of the layer that had most; empty before the first forward pass."""
+        stores = [group.store for group in self.groups if group.store is not None]
+        return [max(row.evictions for row in layers) for layers in zip(*(store.rows for store in stores), strict=True)]
 
     def until_eviction(self) -> int:
         """Return how many tokens can be decoded before an eviction is due in some row."""
@@ -104,6 +105,8 @@ class Passes(Cache, binding.Evicting):
 
     def allocate(self, group: Group, spec: LayerSpec, rows: list[Row]) -> Store:
         """Return new slots for the layers of a group."""
+        if not group.evicts:
+            return GrowingStore(spec, group.layers, rows)
         policies = [self.policy_of(r) for r in range(len(rows))]
         plans = [group.plans[r % len(group.plans)] for r in range(len(rows))]
         return Store(policies, plans, spec, group.layers, rows, self.max_draft_tokens)
@@ -126,8 +129,8 @@ class Passes(Cache, binding.Evicting):
             columns.append(given or [0] * requests)
         return list(zip(*columns, strict=True))
 
-    def evicts(self, layer: int) -> bool:
-        """Return whether a layer evicts."""
+    def holds(self, layer: int) -> bool:
+        """Return whether a layer's tokens are held here, and not in a layer of transformers."""
         return layer in self._group_of
 
     # One forward pass: begin, then take and attend for each layer, then finish

@@ -68,11 +68,11 @@ def integers(name: str, given: Sequence[int] | None) -> list[int] | None:
 
 
 def plans_of_layers(plans: Sequence[Plan], evicting: tuple[int, ...]) -> dict[int, tuple[LayerPlan, ...]]:
-    """Return the plans of each layer, one a policy.
+    """Return the plans of each layer, one a policy, none where the layer is left alone.
 
     Raises:
-        BindError: a policy planned another number of layers.
-        UnsupportedError: it leaves one of them alone.
+        BindError: a policy planned another number of layers, or leaves all of them alone.
+        UnsupportedError: one policy leaves a layer alone and another one does not.
     """
     found: dict[int, tuple[LayerPlan, ...]] = {}
     for plan in plans:
@@ -82,21 +82,30 @@ def plans_of_layers(plans: Sequence[Plan], evicting: tuple[int, ...]) -> dict[in
             )
     for number, layer in enumerate(evicting):
         given = tuple(one for plan in plans if (one := plan.layers[number]) is not None)
-        if len(given) < len(plans):
-            # transformers makes one mask for all full-attention layers: it fits slots, or an ordinary cache.
+        if given and len(given) < len(plans):
             raise UnsupportedError(
-                f"the policy leaves layer {layer} alone, which is not supported by the transformers adapter yet; give "
-                "the layer a budget beyond the longest text"
+                f"one policy leaves layer {layer} alone and another one evicts from it: a layer's rows are held together, "
+                "in slots that grow or in slots that do not; let all policies of a batch leave the same layers alone, or "
+                "give the layer a budget beyond the longest text"
             )
         found[layer] = given
+    if not any(found.values()):
+        raise BindError("the policy leaves every layer alone: nothing would be evicted; use an ordinary cache")
     return found
 
 
 def by_plan(
     group: tuple[int, ...], by_layer: dict[int, tuple[LayerPlan, ...]]
-) -> dict[tuple[LayerPlan, ...], list[int]]:
-    """Return the layers of a device, by their plans: those of one plan share an arena."""
+) -> list[tuple[tuple[LayerPlan, ...], list[int]]]:
+    """Return the layers of a device, by their plans: those of one plan share an arena.
+
+    A layer without a plan has an arena of its own, so that one layer at a time is copied as it grows.
+    """
     same: dict[tuple[LayerPlan, ...], list[int]] = {}
+    alone: list[tuple[tuple[LayerPlan, ...], list[int]]] = []
     for layer in group:
-        same.setdefault(by_layer[layer], []).append(layer)
-    return same
+        if by_layer[layer]:
+            same.setdefault(by_layer[layer], []).append(layer)
+        else:
+            alone.append(((), [layer]))
+    return [*same.items(), *alone]

@@ -54,7 +54,7 @@ def save(cache: EvictionCache, path: str | os.PathLike[str]) -> None:
         "layers": {
             str(i): others.written(layer, f"layers.{i}", tensors)
             for i, layer in enumerate(cache.layers)
-            if not cache.evicts(i)
+            if not cache.holds(i)
         },
     }
     target = Path(path)
@@ -193,7 +193,7 @@ def _read(cache: EvictionCache, group: Group, held: dict[str, Any], prefix: str,
         return tensors[f"{prefix}.{name}"]
 
     keys, rows = given("keys"), [Row(**row) for row in held["rows"]]
-    capacity = group.capacity + cache.max_draft_tokens
+    capacity = max(group.capacity + cache.max_draft_tokens, keys.shape[3])
     sizes = (held["heads"], held["query_heads"], keys.shape[-1], given("values").shape[-1], capacity)
     spec = LayerSpec(*sizes, keys.dtype, group.device, held["query_dim"], held["values_in_keys"])
     store = cache.allocate(group, spec, rows)
