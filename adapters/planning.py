@@ -11,7 +11,7 @@ from kvpolicy.stage import Chain, Stage
 
 __all__ = ["by_plan", "checked", "integers", "plans_of_layers", "policy_text"]
 
-OFFERS = frozenset({"queries", "every_query", "cross_heads"})  #: what these adapters can give a policy
+OFFERS = frozenset({"queries", "every_query", "cross_heads", "head_budgets"})  #: what these adapters can give
 
 
 def checked(policy: EvictionPolicy | Sequence[EvictionPolicy], adapter: str) -> tuple[EvictionPolicy, ...]:
@@ -89,8 +89,8 @@ def plans_of_layers(plans: Sequence[Plan], evicting: tuple[int, ...]) -> dict[in
         given = tuple(one for plan in plans if (one := plan.layers[number]) is not None)
         if given and len(given) < len(plans):
             raise UnsupportedError(
-                f"one policy leaves layer {layer} alone and another one evicts from it: a layer's rows are held together, "
-                "in slots that grow or in slots that do not; let all policies of a batch leave the same layers alone, or "
+                f"one policy leaves layer {layer} alone, and another one evicts from it: a layer holds all rows in "
+                "slots that grow, or in slots that do not; let all policies of a batch leave the same layers alone, or "
                 "give the layer a budget beyond the longest text"
             )
         found[layer] = given

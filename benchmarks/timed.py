@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.timing import clock
 from kvpolicy import Keep, Policy, Scores, Stochastic, TopK, ValueGuard, View
+from kvpolicy.allocators import Budget
 from kvpolicy.band import Band, Span
 from kvpolicy.stage import Selector
 from kvpolicy.store import Store
@@ -32,7 +33,7 @@ class TimedSelector(Selector):
     inner: Selector
     laps: Laps
 
-    def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
+    def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         return self.inner.budgets(num_layers, recent)
 
     def select(self, scores: Scores, view: View) -> Keep:

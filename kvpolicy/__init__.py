@@ -24,6 +24,7 @@ from kvpolicy.errors import (
     UsageError,
 )
 from kvpolicy.guards import Prompt, Sinks, ValueGuard
+from kvpolicy.heads import Adaptive, PerHead
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.scorers import (
     AccumulatedAttention,
@@ -53,6 +54,7 @@ if not (_Path(__file__).parent / "policies").is_dir():
 
 __all__ = [
     "AccumulatedAttention",
+    "Adaptive",
     "Allocator",
     "Attention",
     "BindError",
@@ -74,6 +76,7 @@ __all__ = [
     "Normalize",
     "ParameterError",
     "ParseError",
+    "PerHead",
     "PerLayer",
     "Plan",
     "Policy",

@@ -1,16 +1,26 @@
-"""Budget allocators: how many slots each layer, and each head, may keep."""
+"""Budget allocators: how many slots each layer may keep; for its heads see :mod:`kvpolicy.heads`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
+
+from torch import Tensor
 
 from kvpolicy import _check
 from kvpolicy.errors import BudgetError, ParameterError
 from kvpolicy.stage import call_text
 
-__all__ = ["Allocator", "PerLayer", "Pyramid", "Uniform"]
+if TYPE_CHECKING:
+    from kvpolicy.scores import Scores
+    from kvpolicy.view import View
+
+__all__ = ["Allocator", "Budget", "PerLayer", "Pyramid", "Uniform"]
+
+#: Slots that each KV head of a layer keeps, or one number a head; None leaves the layer alone.
+Budget: TypeAlias = "int | tuple[int, ...] | None"
 
 
 class Allocator:
@@ -18,11 +28,28 @@ class Allocator:
 
     A subclass is a frozen dataclass. Budgets count every slot kept after an eviction, guards and
     the last ``recent`` tokens among them.
+
+    Attributes:
+        head_wise: heads of one layer may keep different numbers of slots; engines must offer it.
+        shared: :meth:`share` divides a layer's total over its heads by what it sees.
+        refresh: evictions between two such divisions; None divides once, at the first eviction.
     """
 
-    def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
+    head_wise: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
+    refresh: int | None = None
+
+    def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return the slots that each KV head of each layer keeps; None leaves a layer alone."""
         raise NotImplementedError(f"{type(self).__name__} has no budgets(num_layers, recent)")
+
+    def least(self, budget: int, recent: int) -> int:
+        """Return the fewest slots that a head of a layer may be given: guards must fit into them."""
+        return budget
+
+    def share(self, scores: Scores, view: View) -> Tensor:
+        """Return the slots that each head keeps, ``[B, H]``; rows keep the sum of ``view.budget``, exactly."""
+        raise NotImplementedError(f"{type(self).__name__} has no share(scores, view)")
 
     def text(self, *, full: bool = False) -> str:
         """Return text that evaluates back to an equal allocator, in full or without defaults."""
@@ -50,7 +77,7 @@ class Uniform(Allocator):
     def __post_init__(self) -> None:
         _check.integer(self, "budget", self.budget, 1)
 
-    def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
+    def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return the budget for every layer."""
         return (self.budget,) * num_layers
 
@@ -82,11 +109,11 @@ class PerLayer(Allocator):
                 _check.integer(self, f"layers[{number}]", budget, 1)
         if all(budget is None for budget in self.layers):
             raise ParameterError(
-                f"{self!r} leaves every layer alone, so that nothing would be evicted; give some layer a budget, or use "
-                "an ordinary cache"
+                f"{self!r} leaves every layer alone, so that nothing would be evicted; give some layer a budget, or "
+                "use an ordinary cache"
             )
 
-    def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
+    def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return the budgets as they are written.
 
         Raises:
@@ -126,7 +153,7 @@ class Pyramid(Allocator):
         _check.integer(self, "budget", self.budget, 1)
         _check.number(self, "beta", self.beta, 1)
 
-    def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
+    def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return budgets that never grow from a layer to the next; their mean is ``budget``.
 
         Raises:

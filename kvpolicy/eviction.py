@@ -89,6 +89,9 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[
             others under the same policy are shown with them, and with those that are due.
     """
     store.settle()
+    if any(sharing := store.sharing(store.rows, due)):
+        _share(store, due, sharing, logits)
+        return
     goals, lengths = store.goals(due), store.lengths()
     columns = _of_rows(store.rows, store.layers, store.spec.device)
     most = max(1, logits.workspace // 2 // _bytes_per_row(store))
@@ -145,7 +148,7 @@ def _bytes_per_row(store: Store) -> int:
     spec, fresh = store.spec, max(row.length - row.settled for row in store.rows)
     queries = spec.num_query_heads * store.window.size * (spec.head_dim + (spec.query_dim or 0))
     tokens = spec.num_heads * fresh * (spec.head_dim + spec.value_dim)
-    return spec.num_heads * spec.capacity * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
+    return spec.num_heads * store.widest * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
 
 
 def _with_window(view: View, store: Store, band: Band, at: slice, logits: LogitSpec) -> View:
@@ -168,6 +171,69 @@ def _absorbed(queries: Tensor, at: slice, requests: int, absorb: Callable[[int, 
         start, stop = max(at.start, layer * requests), min(at.stop, (layer + 1) * requests)
         parts.append(absorb(layer, queries[start - at.start : stop - at.start]))
     return torch.cat(parts)
+
+
+def _share(store: Store, due: Sequence[bool], sharing: Sequence[bool], logits: LogitSpec) -> None:
+    """Evict where rows share their slots over the heads anew: each layer is written afresh, behind itself."""
+    columns, (band,) = _of_rows(store.rows, store.layers, store.spec.device), store.bands
+    goals, lengths = store.goals(due), store.lengths()
+    for index in range(len(store.layers)):
+        span = band.layer(index)
+        goal, held = goals[span.store], lengths[span.store]
+        view = _view(store, span.store, columns, goal, held, logits)
+        view = _with_window(view, store, band, span.store, logits)
+        _cut_layer(store, index, view, goal, held, sharing, [store.state_of(band, span)])
+    store.cut(band, due)
+
+
+def _cut_layer(
+    store: Store,
+    index: int,
+    view: View,
+    goal: Tensor,
+    held: Tensor,
+    sharing: Sequence[bool],
+    states: Sequence[State],
+) -> None:
+    """Let policies choose from a view of one layer, and write what stays into its slots.
+
+    Args:
+        store: one layer of it is modified.
+        index: the layer, counted within the store.
+        view: of every request, each with as many queries as some policy asks for.
+        goal: ``[requests, H]`` slots to keep, on the host.
+        held: ``[requests, H]`` slots that the view has in use, on the host.
+        sharing: which requests share their slots over the heads.
+        states: of the view's slots, one a band.
+    """
+    masks, after = [], []
+    for band, state in zip(store.bands, states, strict=True):
+        here, size = slice(band.first, band.stop), band.plan.window
+        most, victims = int(goal[here].max()), int((held - goal)[here].max())
+        shared = None
+        if any(sharing[here]):  # a head may keep all that it holds, or next to nothing
+            shared = torch.tensor(list(sharing[here]), device=view.keys.device)
+            most = victims = int(held[here].max())
+        part = dataclasses.replace(
+            _rows_of(view, here),
+            recent=band.plan.recent,
+            max_budget=most,
+            max_victims=victims,
+            sharing=shared,
+            queries=None if view.queries is None or not size else view.queries[here, :, -size:],
+            query_positions=None if view.query_positions is None or not size else view.query_positions[here, -size:],
+        )
+        keep, new = band.policy.select(part, state)
+        insist_on_keep(keep, part, band.policy)
+        store.broken[band.layer(index).store] += keep.broken
+        masks.append(keep.mask)
+        after.append(new)
+    mask, order = torch.cat(masks), view.order.to(torch.int64)
+    kept = torch.minimum(goal, held)
+    if any(sharing):  # where slots are shared, and nowhere else, the host must know what was decided
+        kept = torch.where(torch.tensor(list(sharing))[:, None], mask.sum(-1).cpu(), kept)
+    survivors = compress(order, mask.gather(-1, order), int(kept.max()), -1)
+    store.fill(index, survivors, view.keys, view.values, view.positions, after, kept)
 
 
 def fill_from(
@@ -216,29 +282,15 @@ def fill_from(
         recent=0,
         max_budget=0,
         max_victims=0,
+        queries=asked,
+        query_positions=asked_positions,
         sink_logits=None if logits.sinks is None else logits.sinks.expand(len(after), -1),
         **columns,
         **_of_model(logits),
     )
-    masks, states = [], []
-    for band in store.bands:
-        here, span, size = slice(band.first, band.stop), band.layer(index), band.plan.window
-        part = dataclasses.replace(
-            _rows_of(view, here),
-            recent=band.plan.recent,
-            max_budget=int(goal[here].max()),
-            max_victims=int((held - goal)[here].max()),
-            queries=asked[here, :, -size:] if size else None,
-            query_positions=asked_positions[here, -size:] if size else None,
-        )
-        keep, state = band.policy.select(part, _state_of_turn(store, band, span, old, keys.shape[2] - old))
-        insist_on_keep(keep, part, band.policy)
-        store.broken[span.store] += keep.broken
-        masks.append(keep.mask)
-        states.append(state)
-    in_order = order.to(torch.int64)
-    survivors = compress(in_order, torch.cat(masks).gather(-1, in_order), int(goal.max()), -1)
-    store.fill(index, survivors, keys, values, positions, states)
+    states = [_state_of_turn(store, band, band.layer(index), old, keys.shape[2] - old) for band in store.bands]
+    sharing = store.sharing(after, store.over_budget(after))
+    _cut_layer(store, index, view, goal, held, sharing, states)
 
 
 def _slots_of_turn(store: Store, rows: slice, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

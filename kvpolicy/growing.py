@@ -46,23 +46,21 @@ class GrowingStore(Store):
         self.plans, self.bands, self.drafts = (_ENDLESS,) * len(rows), (), 0
         self.spec, self.layers, self.rows = spec, tuple(layers), list(rows)
         self._ends = None
-        lead, heads, device = (len(self.layers), len(self.rows)), spec.num_heads, spec.device
-        self._allocate(spec.capacity)
+        lead, device = (len(self.layers), len(self.rows)), spec.device
         with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
-            self.positions = torch.zeros(*lead, heads, 0, dtype=torch.int32, device=device)
-            self.order = torch.zeros_like(self.positions)
+            self._allocate(lead)
             self.window = QueryWindow(*lead, spec.num_query_heads, 0, spec.head_dim, spec.dtype, device)
             self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
 
-    def _allocate(self, capacity: int) -> None:
-        """Replace keys and values by so many empty slots."""
-        self.spec = spec = replace(self.spec, capacity=capacity)
-        slots = (len(self.layers), len(self.rows), spec.num_heads, capacity)
-        with torch.inference_mode(False):
-            self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=spec.device)
-            self.values = self.keys[..., : spec.value_dim]
-            if not spec.values_in_keys:
-                self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=spec.device)
+    def _allocate(self, lead: tuple[int, int]) -> None:
+        """Allocate the slots of ``lead`` layers and requests: keys and values alone."""
+        spec, slots = self.spec, (*lead, self.spec.num_heads, self.spec.capacity)
+        self.keys = torch.zeros(*slots, spec.head_dim, dtype=spec.dtype, device=spec.device)
+        self.values = self.keys[..., : spec.value_dim]
+        if not spec.values_in_keys:
+            self.values = torch.zeros(*slots, spec.value_dim, dtype=spec.dtype, device=spec.device)
+        self.positions = torch.zeros(*slots[:3], 0, dtype=torch.int32, device=spec.device)
+        self.order = torch.zeros_like(self.positions)
 
     def append(
         self, index: int, keys: Tensor, values: Tensor, counts: Sequence[int], behind: Sequence[int] | None = None
@@ -75,7 +73,9 @@ class GrowingStore(Store):
         capacity = self.spec.capacity
         if needed > capacity:
             held, used = self.arenas, self.longest
-            self._allocate(max(needed, capacity + capacity // 4 + 64))
+            self.spec = replace(self.spec, capacity=max(needed, capacity + capacity // 4 + 64))
+            with torch.inference_mode(False):
+                self._allocate((len(self.layers), len(self.rows)))
             for mine, old in zip(self.arenas, held, strict=True):
                 mine[:, :, :, :used].copy_(old[:, :, :, :used])
         super().append(index, keys, values, counts, behind)

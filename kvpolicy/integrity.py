@@ -178,8 +178,11 @@ def insist_on_keep(keep: Keep, view: View, policy: EvictionPolicy) -> None:
             stay, a free slot or not all of the last tokens, or the victims are others than those
             that the mask drops; nothing was changed.
     """
-    kept = torch.minimum(view.budget, view.lengths)
-    right = (keep.mask.sum(-1) == kept).all() & (keep.mask <= view.valid).all()
+    kept, found = torch.minimum(view.budget, view.lengths), keep.mask.sum(-1)
+    right = found == kept
+    if view.sharing is not None:
+        right |= (view.sharing & (found.sum(-1) == kept.sum(-1)))[:, None]
+    right = right.all() & (keep.mask <= view.valid).all()
     right &= (keep.mask | view.candidates | ~view.valid).all()
     if keep.victims is not None:
         size = view.shape[2]

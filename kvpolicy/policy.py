@@ -23,10 +23,12 @@ class ModelSpec:
     Attributes:
         num_layers: layers whose cache may be evicted, in order.
         max_new_tokens: tokens that will be decoded at most, if the caller knows.
+        num_heads: KV heads of each layer, if the caller knows.
     """
 
     num_layers: int
     max_new_tokens: int | None = None
+    num_heads: int | None = None
 
     def __post_init__(self) -> None:
         _check.integer(self, "num_layers", self.num_layers, 1)
@@ -39,11 +41,15 @@ class LayerPlan:
     """Fix the sizes of one layer, when a policy is bound.
 
     Attributes:
-        budget: slots kept per KV head after an eviction.
-        capacity: slots allocated per KV head; never grown.
+        budget: slots kept per KV head after an eviction; where heads differ, of the largest, or the mean where
+            the policy shares them out.
+        capacity: slots allocated per KV head, of which ``capacity - budget`` beyond its budget; never grown.
         interval: decoded tokens between two evictions, or None: evict at the end of a turn only.
         recent: the last tokens, never candidates.
         window: queries that the observation window must hold; 0 for none.
+        heads: slots that each KV head keeps, where they differ from the start.
+        shared: the policy shares the layer's slots over its heads, at a row's first eviction.
+        refresh: evictions after which it shares them again, or None for never.
     """
 
     budget: int
@@ -51,13 +57,24 @@ class LayerPlan:
     interval: int | None
     recent: int
     window: int
+    heads: tuple[int, ...] | None = None
+    shared: bool = False
+    refresh: int | None = None
+
+    @property
+    def head_wise(self) -> bool:
+        """Return whether heads of this layer may keep different numbers of slots."""
+        return self.shared or self.heads is not None
 
     def __post_init__(self) -> None:
         for name, low in (("budget", 1), ("capacity", 1), ("recent", 0), ("window", 0)):
             _check.integer(self, name, getattr(self, name), low)
         if self.interval is not None:
             _check.integer(self, "interval", self.interval, 1)
-        if self.recent >= self.budget or self.capacity < self.budget + (self.interval or 1):
+        least = min(self.heads) if self.heads is not None else self.budget
+        if self.heads is not None and (self.shared or max(self.heads) != self.budget):
+            raise BudgetError(f"{self}: heads with budgets of their own share nothing, and the largest is the budget")
+        if self.recent >= least or self.capacity < self.budget + (self.interval or 1):
             raise BudgetError(
                 f"{self}: the budget must be larger than recent, and the capacity at least budget + interval"
             )
@@ -178,8 +195,10 @@ class Policy:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return what the stages need of an engine."""
-        return frozenset().union(*(stage.needs for stage in self.stages))
+        """Return what the stages need of an engine, and ``"head_budgets"`` where heads keep different numbers."""
+        sharing = self.chain.selector.sharing()
+        head_wise = {"head_budgets"} if sharing is not None and sharing.head_wise else set[str]()
+        return frozenset(head_wise).union(*(stage.needs for stage in self.stages))
 
     def plan(self, model: ModelSpec) -> Plan:
         """Return the sizes of every layer.
@@ -194,15 +213,25 @@ class Policy:
                 f"{self!r} evicts at the end of a turn only: say how many tokens will be decoded (max_new_tokens=...)"
             )
         window = max(stage.queries_read(self.interval) for stage in self.stages)
+        sharing = self.chain.selector.sharing()
         layers: list[LayerPlan | None] = []
         budgets = self.chain.selector.budgets(model.num_layers, self.recent)
         for number, budget in enumerate(budgets):
-            if budget is not None:
-                where = "" if len(set(budgets)) == 1 else f"layer {number} of the {len(budgets)} that may evict: "
-                self._check_budget(budget, where)
-            layers.append(
-                None if budget is None else LayerPlan(budget, budget + grown, self.interval, self.recent, window)
-            )
+            if budget is None:
+                layers.append(None)
+                continue
+            where = "" if len(set(budgets)) == 1 else f"layer {number} of the {len(budgets)} that may evict: "
+            heads = budget if isinstance(budget, tuple) else None
+            if heads is not None and model.num_heads not in (None, len(heads)):
+                raise BudgetError(
+                    f"{sharing!r} names {len(heads)} heads, and the model has {model.num_heads} KV heads in a layer"
+                )
+            most, least = (max(budget), min(budget)) if isinstance(budget, tuple) else (budget, budget)
+            self._check_budget(least if sharing is None else sharing.least(least, self.recent), where)
+            layer = LayerPlan(most, most + grown, self.interval, self.recent, window, heads)
+            if sharing is not None and sharing.shared:
+                layer = dataclasses.replace(layer, shared=True, refresh=sharing.refresh)
+            layers.append(layer)
         return Plan(tuple(layers))
 
     def init(self, spec: LayerSpec, rows: int) -> State:
@@ -225,14 +254,14 @@ class Policy:
     def _check_budget(self, budget: int, where: str) -> None:
         if budget <= self.recent:
             raise BudgetError(
-                f"{where}a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens could "
-                f"stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
+                f"{where}a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens "
+                f"could stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
             )
         for stage in self.stages:
             if stage.reserved(budget) + self.recent > budget:
                 raise BudgetError(
-                    f"{where}{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do not "
-                    f"fit into a budget of {budget}; raise the budget to at least "
+                    f"{where}{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do "
+                    f"not fit into a budget of {budget}; raise the budget to at least "
                     f"{stage.reserved(budget) + self.recent}, or protect less"
                 )
 

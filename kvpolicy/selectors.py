@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from kvpolicy import _check
-from kvpolicy.allocators import Allocator, Uniform
+from kvpolicy.allocators import Allocator, Budget, Uniform
 from kvpolicy.errors import ParameterError
 from kvpolicy.scores import Keep, Scores, select_top
 from kvpolicy.stage import Selector
@@ -38,13 +40,20 @@ class TopK(Selector):
             _check.integer(self, "budget", budget, 1)
         object.__setattr__(self, "allocator", budget if isinstance(budget, Allocator) else Uniform(budget))
 
-    def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
+    def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return what the allocator gives each layer."""
         return self.allocator.budgets(num_layers, recent)
 
+    def sharing(self) -> Allocator:
+        """Return the allocator."""
+        return self.allocator
+
     def select(self, scores: Scores, view: View) -> Keep:
-        """Return the highest ``view.budget`` slots of each head."""
-        return select_top(scores, view, view.budget)
+        """Return the highest ``view.budget`` slots of each head, or what the allocator makes of it where it shares."""
+        budget = view.budget
+        if view.sharing is not None:
+            budget = torch.where(view.sharing[:, None], self.allocator.share(scores, view), budget)
+        return select_top(scores, view, budget)
 
     def text(self, *, full: bool = False) -> str:
         """Return ``TopK(n)`` for a uniform budget."""

@@ -17,13 +17,16 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, overload
 
 import torch
 
 from kvpolicy.errors import CompositionError, ParameterError
 from kvpolicy.scores import Keep, Scores
 from kvpolicy.view import LayerSpec, StageState, State, View
+
+if TYPE_CHECKING:
+    from kvpolicy.allocators import Allocator, Budget
 
 __all__ = ["Chain", "Scorer", "Selector", "Stage", "Transform", "maximum"]
 
@@ -228,9 +231,13 @@ class Transform(Stage):
 class Selector(Stage):
     """Decide which slots stay, given their scores."""
 
-    def budgets(self, num_layers: int, recent: int) -> tuple[int | None, ...]:
+    def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return the slots that each KV head of each layer keeps; None leaves a layer alone."""
         raise NotImplementedError(f"{type(self).__name__} has no budgets(num_layers, recent)")
+
+    def sharing(self) -> Allocator | None:
+        """Return what shares slots over layers and heads, or None where every head keeps as many."""
+        return None
 
     def select(self, scores: Scores, view: View) -> Keep:
         """Return the slots to keep: ``min(budget, valid)`` of each head."""

@@ -117,6 +117,11 @@ class Store:
         """Return the slots in use of the longest row."""
         return max(row.length for row in self.rows)
 
+    @property
+    def widest(self) -> int:
+        """Return the slots that a view of a row shows of each head."""
+        return self.spec.capacity
+
     def column(self, name: str) -> Tensor:
         """Return one count of every row, ``[requests]`` int64 on the store's device."""
         return torch.tensor([getattr(row, name) for row in self.rows], dtype=torch.int64, device=self.spec.device)
@@ -151,8 +156,7 @@ class Store:
     def kept(self) -> dict[int, Tensor]:
         """Return the kept positions of each layer, ascending, -1 behind the last: a copy on the host."""
         self.settle()
-        order = self.order[..., : self.longest].to(torch.int64)
-        return dict(zip(self.layers, self.positions.gather(-1, order).cpu(), strict=True))
+        return dict(zip(self.layers, self.in_order().cpu(), strict=True))
 
     # What an eviction reads
 
@@ -176,13 +180,24 @@ class Store:
         """Return which rows, given as they were counted, hold more than their budget."""
         return [row.length > plan.budget for row, plan in zip(rows, self.plans, strict=True)]
 
+    def sharing(self, rows: Sequence[Row], due: Sequence[bool]) -> list[bool]:
+        """Return which of the rows that are due have their slots shared over the heads anew: none."""
+        return [False] * len(rows)
+
     def slots(self, at: slice) -> Slots:
         """Return the slots of some of the ``layers * requests`` rows, as a view shows them."""
         return Slots(*(t.flatten(0, 1)[at] for t in (self.keys, self.values, self.positions, self.order)))
 
-    def in_use(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a layer, ``[requests, H, S, D]``, up to the longest row or head."""
-        return self.keys[index, :, :, : self.longest], self.values[index, :, :, : self.longest]
+    def in_use(self, index: int, more: int = 0) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer, ``[requests, H, S, D]``, up to ``more`` slots behind the longest row."""
+        size = self.longest + more
+        return self.keys[index, :, :, :size], self.values[index, :, :, :size]
+
+    def in_order(self) -> Tensor:
+        """Return the positions of the slots in use, ascending: ``[layers, requests, H, S]``, -1 behind the last."""
+        slots = self.slots(slice(None))
+        order = slots.order[..., : self.longest].to(torch.int64)
+        return _by_layer(slots.positions.gather(-1, order), len(self.layers))
 
     def state_of(self, band: Band, span: Span) -> State:
         """Return what a policy remembers of some rows, its slots in the places of :meth:`slots`."""
@@ -261,6 +276,7 @@ class Store:
         values: Tensor,
         positions: Tensor,
         states: Sequence[State],
+        kept: Tensor,
     ) -> None:
         """Replace the slots of one layer by survivors of a larger, temporary layer.
 
@@ -273,6 +289,7 @@ class Store:
             values: ``[requests, H, S, Dv]``.
             positions: ``[requests, H, S]``.
             states: of the temporary layer, one a band.
+            kept: ``[requests, H]`` int64 on the host, how many survivors each head has.
         """
         used, size = survivors >= 0, survivors.shape[-1]
         self.keys[index, :, :, :size].copy_(_picked(keys, survivors))

@@ -97,6 +97,8 @@ class View:
         all_reduce: returns the sum of a tensor over the ranks that share the model's heads, the
             same on each of them, or None on one device; see :meth:`reduce_heads`.
         workspace: bytes that temporaries may take.
+        sharing: ``[B]`` bool, rows whose heads may keep more or less than ``budget``, as the policy
+            decides, as long as the row keeps the sum; None where no row may.
         stage: the index of the stage that reads this view; see :meth:`at`.
     """
 
@@ -126,6 +128,7 @@ class View:
     sink_logits: Tensor | None = None
     all_reduce: Callable[[Tensor], Tensor] | None = None
     workspace: int = DEFAULT_WORKSPACE
+    sharing: Tensor | None = None
     stage: int = 0
 
     @property

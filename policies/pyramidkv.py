@@ -8,9 +8,7 @@ from kvpolicy import Attention, Policy, Pyramid, TopK
 __all__ = ["pyramidkv"]
 
 
-def pyramidkv(
-    budget: int, *, beta: float = 20, window: int = 64, pool: int = 5, interval: int | None = None
-) -> Policy:
+def pyramidkv(budget: int, *, beta: float = 20, window: int = 64, pool: int = 5, interval: int | None = None) -> Policy:
     """Return PyramidKV: SnapKV's choice, with more slots for the first layers than for the last ones.
 
     Compresses the prompt once and lets the cache grow afterwards; with an ``interval`` it goes on

@@ -141,7 +141,7 @@ class FlashCache:
             workspace=workspace,
         )
         self.groups = []
-        for plans, layers in layers_by_plan(self.policies, num_layers, max_new_tokens):
+        for plans, layers in layers_by_plan(self.policies, num_layers, num_heads, max_new_tokens):
             capacity = max((plan.capacity for plan in plans), default=0)
             spec = LayerSpec(num_heads, num_query_heads, head_dim, value_dim, capacity, dtype, device)
             rows = new_rows(batch_size, requests, seeds)
@@ -335,8 +335,8 @@ class FlashCache:
         missing = set(self._group_of) - (set[int]() if step is None else step.attended)
         if step is None or missing:
             raise UsageError(
-                f"step() ends a forward pass, and layer {min(missing)} has not attended in it; every layer attends once "
-                "before each step()"
+                f"step() ends a forward pass, and layer {min(missing)} has not attended in it; every layer attends "
+                "once before each step()"
             )
         self._failed = True
         for group in self.groups:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters import planning
-from kvpolicy.errors import BindError
+from kvpolicy.errors import BindError, UnsupportedError
 from kvpolicy.growing import GrowingStore
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
 from kvpolicy.row import Row
@@ -63,10 +63,10 @@ def follow(policy: EvictionPolicy | Sequence[EvictionPolicy], batch_size: int) -
 
 
 def layers_by_plan(
-    policies: Sequence[EvictionPolicy], num_layers: int, max_new_tokens: int | None
+    policies: Sequence[EvictionPolicy], num_layers: int, num_heads: int, max_new_tokens: int | None
 ) -> list[tuple[tuple[LayerPlan, ...], list[int]]]:
     """Return the layers of each plan; the plans are one a row, and none where layers are left alone."""
-    spec, layers = ModelSpec(num_layers, max_new_tokens), tuple(range(num_layers))
+    spec, layers = ModelSpec(num_layers, max_new_tokens, num_heads), tuple(range(num_layers))
     plans = {id(one): one.plan(spec) for one in policies}
     return planning.by_plan(layers, planning.plans_of_layers([plans[id(one)] for one in policies], layers))
 
@@ -104,6 +104,8 @@ def made_store(
     """
     if not plans:
         return GrowingStore(spec, layers, rows)
+    if any(plan.head_wise for plan in plans):
+        raise UnsupportedError(f"budgets of heads are not supported by {ADAPTER} yet: write TopK(budget)")
     return Store(policies, plans, spec, layers, rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["CACHE", "SUPPORTED", "one_token", "register", "several_tokens", "turn"]
+from kvpolicy.ragged import RaggedStore
+
+__all__ = ["CACHE", "SUPPORTED", "by_head", "one_token", "register", "several_tokens", "turn"]
 
 CACHE = "kvpolicy_cache"  #: the keyword under which a forward pass hands its cache to the attention function
 SUPPORTED = ("sdpa", "eager")  #: what evicting layers can stand in for
@@ -73,7 +75,7 @@ def one_token(
     Returns:
         ``[B, 1, Hq, Dv]``, and None or the weights.
     """
-    if original != "sdpa" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+    if original != "sdpa" or not plain(kwargs):
         return function(module, query, key, value, additive(visible, query.dtype), **kwargs)
     b, heads, group = query.shape[0], key.shape[1], query.shape[1] // key.shape[1]
     # A group's query heads see the same slots: they are queries of one head, and no key is copied.
@@ -81,6 +83,52 @@ def one_token(
         query.view(b, heads, group, -1), key, value, attn_mask=visible, scale=kwargs.get("scaling")
     )
     return out.reshape(b, 1, heads * group, -1), None
+
+
+def by_head(
+    module: nn.Module,
+    function: AttentionFunction,
+    original: str,
+    query: Tensor,
+    store: RaggedStore,
+    index: int,
+    visible: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """Attend decoded tokens to heads that have slots of different numbers.
+
+    One token is attended to where each head's slots lie. Where more than that is asked of attention, the slots
+    of one layer are gathered for the time of the call.
+
+    Args:
+        module: the attention module.
+        function: what the model used before it was bound.
+        original: its name.
+        query: ``[B, Hq, T, D]``.
+        store: holds the new tokens, too.
+        index: the layer, counted within the store.
+        visible: ``[B, Hq, T, S]`` bool.
+        **kwargs: what transformers passed.
+    """
+    if query.shape[2] > 1 or original != "sdpa" or not plain(kwargs):
+        key, value = store.in_use(index, query.shape[2])
+        return several_tokens(module, function, original, query, key, value, visible, **kwargs)
+    return ragged_attention(query, store, index, kwargs.get("scaling")), None
+
+
+def ragged_attention(query: Tensor, store: RaggedStore, index: int, scale: float | None) -> Tensor:
+    """Attend one token of each row, ``[B, Hq, 1, D]``, head by head; return ``[B, 1, Hq, Dv]``."""
+    heads = [
+        F.scaled_dot_product_attention(asked[None], keys[None], values[None], scale=scale)[0]
+        for row, held in zip(query.unflatten(1, (store.spec.num_heads, -1)), store.heads_of(index), strict=True)
+        for asked, (keys, values) in zip(row[:, :, 0], held, strict=True)
+    ]
+    return torch.cat(heads).view(query.shape[0], 1, query.shape[1], -1)
+
+
+def plain(kwargs: Mapping[str, Any]) -> bool:
+    """Return whether attention is softmax alone: no cap of its logits, and no sinks."""
+    return kwargs.get("softcap") is None and kwargs.get("s_aux") is None
 
 
 def several_tokens(

@@ -36,6 +36,7 @@ class Survey:
         ranks: the processes that share the heads.
         latents: how layers expand their latents, where that is what they cache.
         sharing: query heads that share a KV head, of each layer.
+        num_heads: KV heads of a layer, if the configuration tells one number.
     """
 
     layers: list[Any]
@@ -45,6 +46,7 @@ class Survey:
     ranks: Ranks
     latents: dict[int, Latent]
     sharing: dict[int, int]
+    num_heads: int | None
 
 
 _LEFT_ALONE = ("SlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")  #: kinds of layers that need no eviction
@@ -106,7 +108,9 @@ def survey(model: nn.Module, *, static: bool = False) -> Survey:
     for i in evicting:
         devices.setdefault(homes.get(i, model.device), []).append(i)
     groups = {device: tuple(group) for device, group in devices.items()}
-    return Survey(layers, evicting, skipped, groups, ranks_of(model), latents_of(decoder), _sharing(decoder))
+    heads = getattr(config, "num_key_value_heads", None)
+    heads = heads if isinstance(heads, int) and not latents_of(decoder) else None
+    return Survey(layers, evicting, skipped, groups, ranks_of(model), latents_of(decoder), _sharing(decoder), heads)
 
 
 def _sharing(decoder: nn.Module) -> dict[int, int]:

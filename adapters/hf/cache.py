@@ -20,7 +20,7 @@ from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.passes import Passes
 from kvpolicy.adapters.hf.ranks import kept_alike
 from kvpolicy.errors import IntegrityError, UnsupportedError, UsageError
-from kvpolicy.policy import EvictionPolicy, ModelSpec
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
 from kvpolicy.receipt import Receipt, receipt_of
 from kvpolicy.view import DEFAULT_WORKSPACE
 
@@ -116,13 +116,14 @@ class EvictionCache(Passes):
             "requests": self._requests,
             "workspace": workspace,
         }
-        spec = ModelSpec(len(found.evicting), max_new_tokens)
+        spec = ModelSpec(len(found.evicting), max_new_tokens, found.num_heads)
         by_layer = planning.plans_of_layers([one.plan(spec) for one in self.policies], found.evicting)
+        _check_head_wise([plan for plans in by_layer.values() for plan in plans], self)
         alone = [layer for layer, plans in by_layer.items() if not plans]
         if static and alone:
             raise UnsupportedError(
-                f"static=True gives decoding fixed shapes, and the policy leaves layers {_named(alone)} alone, whose slots "
-                "grow; leave static out, or give them a budget beyond the longest text"
+                f"static=True gives decoding fixed shapes, and the policy leaves layers alone, whose slots grow: "
+                f"{', '.join(map(str, alone))}; leave static out, or give them a budget beyond the longest text"
             )
         self.skipped = {**found.skipped, **dict.fromkeys(alone, "left alone by the policy")}
         self.groups = [
@@ -248,6 +249,8 @@ class EvictionCache(Passes):
         """
         if self.ranks.size > 1:  # the file would not say whose heads it holds
             raise UnsupportedError("save() of a model that is split over processes is not supported yet")
+        if any(plan.head_wise for group in self.groups for plan in group.plans):
+            raise UnsupportedError("save() of layers whose heads have budgets of their own is not supported yet")
         self.step()
         self._check_whole()
         self._settle()
@@ -313,5 +316,15 @@ class EvictionCache(Passes):
         self.ranks.insist(found, IntegrityError)
 
 
-def _named(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
+def _check_head_wise(plans: Sequence[LayerPlan], cache: EvictionCache) -> None:
+    """Refuse what heads with different budgets do not go together with."""
+    if not any(plan.head_wise for plan in plans):
+        return
+    for what, found in {
+        "a policy for each row": len(cache.policies) > 1,
+        "static=True": cache.static,
+        "max_draft_tokens": cache.max_draft_tokens > 0,
+        "a model that is split over processes": cache.ranks.size > 1,
+    }.items():
+        if found:
+            raise UnsupportedError(f"budgets of heads and {what} do not go together yet: write TopK(budget)")

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from kvpolicy.adapters import planning
 from kvpolicy.adapters.hf import binding, compat
 from kvpolicy.adapters.hf.arguments import tokens_of
-from kvpolicy.adapters.hf.attention import AttentionFunction, one_token, several_tokens, turn
+from kvpolicy.adapters.hf.attention import AttentionFunction, by_head, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.ranks import Ranks, said
@@ -22,6 +22,7 @@ from kvpolicy.adapters.hf.step import Step, open_step
 from kvpolicy.errors import UnsupportedError, UsageError
 from kvpolicy.growing import GrowingStore
 from kvpolicy.policy import EvictionPolicy
+from kvpolicy.ragged import RaggedStore, new_store
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
@@ -110,7 +111,7 @@ class Passes(Cache, binding.Evicting):
             return GrowingStore(spec, group.layers, rows)
         policies = [self.policy_of(r) for r in range(len(rows))]
         plans = [group.plans[r % len(group.plans)] for r in range(len(rows))]
-        return Store(policies, plans, spec, group.layers, rows, self.max_draft_tokens)
+        return new_store(policies, plans, spec, group.layers, rows, self.max_draft_tokens)
 
     def new_seeds(self, requests: int) -> list[tuple[int, int]]:
         """Return the name and the seed of each request of a batch.
@@ -238,8 +239,11 @@ class Passes(Cache, binding.Evicting):
             static.observe(group.index(layer), query)
             return one_token(module, function, original, query, key, value, static.visible(), **kwargs)
         assert step is not None
-        visible = step.visible(group)
-        if not step.decoding:
+        visible, store = step.visible(group, layer), group.store
+        if step.decoding and isinstance(store, RaggedStore):
+            index = group.index(layer)
+            out = by_head(module, function, original, query, store, index, visible, **kwargs)
+        elif not step.decoding:
             out = turn(module, function, original, query, key, value, visible, mask, **kwargs)
         else:
             attend = one_token if step.width == 1 else several_tokens

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpolicy.adapters.hf import arguments
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.errors import UnsupportedError, UsageError
+from kvpolicy.ragged import RaggedStore
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.turn import begin_turn, end_turn, take_turn
@@ -72,6 +73,8 @@ class Step:
         index = group.index(layer)
         if self.decoding:
             store.append(index, keys, values, self.counts)
+            if isinstance(store, RaggedStore):
+                return keys, values  # attention reads the slots of each head where they lie
             end = store.longest + self.width
             return store.keys[index, :, :, :end], store.values[index, :, :, :end]
         within, size = store.spec.values_in_keys, store.spec.value_dim
@@ -82,12 +85,19 @@ class Step:
         group.turn_nbytes = max(group.turn_nbytes, keys.nbytes + (0 if within else values.nbytes))
         return keys, values
 
-    def visible(self, group: Group) -> Tensor | None:
+    def visible(self, group: Group, layer: int) -> Tensor | None:
         """Return which slots may be seen, None where all may.
 
         Decoding: ``[requests, 1, tokens, slots]`` bool, the new tokens among the slots. A turn:
-        ``[requests, 1, 1, slots]``, the slots in use before it.
+        ``[requests, 1, 1, slots]``, the slots in use before it. Query heads stand for 1 where heads differ.
         """
+        store = group.store
+        if isinstance(store, RaggedStore):
+            lengths = store.lengths()[store.rows_of(group.index(layer))].to(store.spec.device)
+            if not self.decoding and not store.longest:
+                return None
+            shared = store.spec.num_query_heads // store.spec.num_heads
+            return _seen(lengths.repeat_interleave(shared, 1), store.longest, self.width if self.decoding else 0)
         return self._visible[id(group)]
 
     def attended(
@@ -167,10 +177,7 @@ class Step:
         if store.uniform and new <= 1 and (self.decoding or not store.longest):
             self._visible[id(group)] = None
             return
-        slots, length = torch.arange(store.longest + new, device=store.spec.device), store.column("length")
-        # Each decoded token sees those before it and itself; how a turn sees itself is transformers' mask.
-        stop = length[:, None] + torch.arange(1, new + 1, device=slots.device) if new else length[:, None]
-        self._visible[id(group)] = (slots < stop[..., None])[:, None]
+        self._visible[id(group)] = _seen(store.column("length")[:, None], store.longest, new)
 
     # The end
 
@@ -200,6 +207,16 @@ class Step:
             group.unsettled = before
         elif any(counts):
             group.evict_after(before, turn=False)
+
+
+def _seen(lengths: Tensor, longest: int, new: int) -> Tensor:
+    """Return which slots new tokens see, ``[requests, heads, tokens, slots]``, given ``[requests, heads]`` in use.
+
+    Each decoded token sees those before it and itself; how a turn sees itself is transformers' mask.
+    """
+    slots = torch.arange(longest + new, device=lengths.device)
+    stop = lengths[..., None] + torch.arange(1, new + 1, device=slots.device) if new else lengths[..., None]
+    return slots < stop[..., None]
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.errors import BindError, KVPolicyError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Transform
@@ -42,10 +42,18 @@ __all__ = [
 
 @check
 def check_plan(policy: EvictionPolicy) -> None:
-    """Check that the sizes a policy plans fit into each other, and do not change when asked again."""
+    """Check that the sizes a policy plans fit into each other, and do not change when asked again.
+
+    A policy that names its layers one by one names three; it may refuse other models.
+    """
     for layers, tokens in ((1, 5), (3, 8), (4, 64)):
         model = ModelSpec(num_layers=layers, max_new_tokens=tokens)
-        plan = policy.plan(model)
+        try:
+            plan = policy.plan(model)
+        except BindError:
+            if layers == 3:
+                raise
+            continue
         assert isinstance(plan, Plan), f"plan() returned {plan!r}"
         assert len(plan.layers) == layers, f"{len(plan.layers)} plans for {layers} layers"
         assert policy.plan(model) == plan, "a second call of plan() returns something else"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvpolicy.eviction import LogitSpec, evict, fill_from
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
+from kvpolicy.ragged import new_store
 from kvpolicy.row import Row
 from kvpolicy.scores import Keep
-from kvpolicy.store import Store
 from kvpolicy.testing.kept import Case
 from kvpolicy.view import LayerSpec, StageState, State, View
 
@@ -105,14 +105,14 @@ class StoreCache:
         cpu = torch.device("cpu")
         spec = LayerSpec(script.heads, query_heads, 4, 4, plan.capacity, script.dtype, cpu)
         rows = [Row(seed=3 * r) for r in range(script.requests)]
-        self.store = Store(policy, plan, spec, self.layers, rows)
+        self.store = new_store(policy, plan, spec, self.layers, rows)
         self.logits = LogitSpec(0.5, num_layers=script.layers, num_heads=script.heads)
 
     def step(self, tokens: Tokens, counts: tuple[int, ...], decoding: bool) -> Event:
         """Take one step's tokens into every layer, and evict where it is due."""
-        store, budget = self.store, self.plan.budget
+        store = self.store
         after = [row.advanced(count, decoding=decoding) for row, count in zip(store.rows, counts, strict=True)]
-        over = tuple(row.length > budget for row in after)
+        over = tuple(store.over_budget(after))
         filling = not decoding and any(over)
         if filling:
             store.settle()
@@ -120,16 +120,14 @@ class StoreCache:
             store.observe(index, tokens.queries[layer], counts)
             keys, values = tokens.keys[layer], tokens.values[layer]
             if filling:
-                held = slice(0, store.longest)
-                keys = torch.cat([store.keys[index, :, :, held], keys], 2)
-                values = torch.cat([store.values[index, :, :, held], values], 2)
+                held_keys, held_values = store.in_use(index)
+                keys, values = torch.cat([held_keys, keys], 2), torch.cat([held_values, values], 2)
                 fill_from(store, index, keys, values, counts, after, self.logits)
             else:
                 store.append(index, keys, values, counts)
         seen = tuple(row.seen for row in after)
         if filling:
-            after = [row.evicted(min(row.length, budget), self.plan.recent) for row in after]
-            store.advance(after)
+            store.advance(store.cut_rows(after))
             return Event(seen, True, over)
         store.advance(after)
         interval = self.plan.interval

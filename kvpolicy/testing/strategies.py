@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from kvpolicy.allocators import Allocator, Uniform
+from kvpolicy.allocators import Allocator, Pyramid, Uniform
 from kvpolicy.guards import Prompt, Sinks, ValueGuard
 from kvpolicy.policy import EvictionPolicy, ModelSpec, Policy
 from kvpolicy.scorers import (
@@ -218,7 +218,8 @@ def scores(draw: DrawFn, view: View) -> Scores:
 
 def budgets(low: int = 1, high: int = 16) -> SearchStrategy[int | Allocator]:
     """Draw what ``TopK`` takes: slots, or an allocator that shares them out."""
-    return st.one_of(st.integers(low, high), st.builds(Uniform, st.integers(low, high)))
+    slots = st.integers(low, high)
+    return st.one_of(slots, st.builds(Uniform, slots), st.builds(Pyramid, slots, st.sampled_from((1, 1.25))))
 
 
 def scorers() -> SearchStrategy[Scorer]:

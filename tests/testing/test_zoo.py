@@ -10,6 +10,7 @@ from kvpolicy import (
     LastQuery,
     Leverage,
     Normalize,
+    PerLayer,
     Policy,
     Prompt,
     Recency,
@@ -38,6 +39,7 @@ ZOO = {
     "h2o": small(policies.h2o(BUDGET)),
     "keydiff": small(policies.keydiff(BUDGET)),
     "knorm": small(policies.knorm(BUDGET)),
+    "pyramidkv": small(policies.pyramidkv(BUDGET, beta=4, window=4)),
     "random_eviction": small(policies.random_eviction(BUDGET)),
     "reservoir": small(policies.random_eviction(BUDGET, redraw=False)),
     "rkv": small(policies.rkv(BUDGET, window=6)),
@@ -75,6 +77,9 @@ COMPOSED = {
     ),
     "redundancy at the end of a turn": Policy(Redundancy() >> TopK(9), interval=None, recent=4),
     "two windows": Policy(Attention(6, pool=1) + LastQuery() >> TopK(6), interval=3, recent=1),
+    "a layer left alone": Policy(
+        ValueGuard(0.25) >> TopK(PerLayer((BUDGET, None, 8))), interval=INTERVAL, recent=RECENT
+    ),
     "published sizes": policies.vase(88),
 }
 
