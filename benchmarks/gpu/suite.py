@@ -19,10 +19,10 @@ COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
 def run(deadline: Deadline, paths: Sequence[str] = ("tests",)) -> Section:
-    """Run the tests marked ``gpu`` in a process of its own, until the time is over.
+    """Run the tests marked ``gpu`` in a process of its own, for half of the time that is left.
 
     Args:
-        deadline: the end.
+        deadline: the end; what follows needs time, too.
         paths: where they are looked for.
     """
     section = Section("suite", "the tests marked `gpu`", ["passed", "failed", "skipped", "error"])
@@ -32,7 +32,7 @@ def run(deadline: Deadline, paths: Sequence[str] = ("tests",)) -> Section:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=line", *paths]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, deadline.left), check=False
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, deadline.left / 2), check=False
         )
     except subprocess.TimeoutExpired as error:
         section.notes.append(f"stopped: not done after {error.timeout:.0f} s")
