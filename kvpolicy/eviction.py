@@ -261,7 +261,7 @@ def fill_from(
         after: every row with the new tokens and before any is dropped.
         logits: what the attention of this layer does, its sinks ``[1, Hq]``.
     """
-    device, old, rows = store.spec.device, store.longest, slice(index * len(after), (index + 1) * len(after))
+    device, old, rows = store.spec.device, store.longest, store.rows_of(index)
     held = store.lengths()[rows] + torch.tensor(counts)[:, None]
     goal = torch.minimum(held, store.goals([True] * len(after))[rows])
     positions, order, fresh = _slots_of_turn(store, rows, keys.shape[2], counts)

@@ -119,16 +119,22 @@ class RaggedStore(Store):
         found = lines.index_select(0, table.flatten()).view(*table.shape, *lines.shape[1:])
         return torch.where(used.view(*used.shape, *[1] * (found.dim() - 3)), found, free)
 
-    def rows_of(self, index: int) -> slice:
-        """Return where the rows of a layer are among all ``layers * requests`` of them."""
-        return slice(index * len(self.rows), (index + 1) * len(self.rows))
-
     # What an eviction reads
 
     @property
     def longest(self) -> int:
         """Return the slots in use of the longest head."""
         return int(self.held.max())
+
+    @property
+    def slot_axes(self) -> tuple[int, ...]:
+        """Return the axis of lines, behind layers and requests."""
+        return (self.total,)
+
+    def of_head(self, x: Tensor, index: int, request: int, head: int) -> Tensor:  # type: ignore[override]
+        """Return the slots of one head of a tensor such as ``positions``."""
+        first = self._starts[index][request][head]
+        return x[index, request, first : first + int(self.budgets[index, request, head]) + self.slack]
 
     @property
     def widest(self) -> int:
@@ -302,9 +308,18 @@ class RaggedStore(Store):
         longest = self.held.amax((0, 2)).tolist()
         return [replace(row, length=length, settled=length) for row, length in zip(rows, longest, strict=True)]
 
+    def settled_positions(self) -> Tensor:
+        """Return ``positions`` as :meth:`settle` would leave them; modifies nothing."""
+        positions = self.positions.clone()
+        self._settle(positions.view(-1))
+        return positions
+
     def settle(self) -> None:
         """Write the positions of slots appended since the last eviction; modifies ``positions``."""
-        layers, positions = len(self.layers), self.positions.flatten()
+        self._settle(self.positions.view(-1))
+
+    def _settle(self, positions: Tensor) -> None:
+        layers = len(self.layers)
         ends = (self._first + self._used).view(layers, len(self.rows), -1)
         for r, row in enumerate(self.rows):
             new = torch.arange(row.length - row.settled, device=ends.device) - (row.length - row.settled)

@@ -122,6 +122,20 @@ class Store:
         """Return the slots that a view of a row shows of each head."""
         return self.spec.capacity
 
+    @property
+    def slot_axes(self) -> tuple[int, ...]:
+        """Return the axes of slots, behind layers and requests."""
+        return self.spec.num_heads, self.spec.capacity
+
+    @staticmethod
+    def of_head(x: Tensor, index: int, request: int, head: int) -> Tensor:
+        """Return the slots of one head of a tensor such as ``positions``."""
+        return x[index, request, head]
+
+    def rows_of(self, index: int) -> slice:
+        """Return where the rows of a layer are among all ``layers * requests`` of them."""
+        return slice(index * len(self.rows), (index + 1) * len(self.rows))
+
     def column(self, name: str) -> Tensor:
         """Return one count of every row, ``[requests]`` int64 on the store's device."""
         return torch.tensor([getattr(row, name) for row in self.rows], dtype=torch.int64, device=self.spec.device)
@@ -156,7 +170,7 @@ class Store:
     def kept(self) -> dict[int, Tensor]:
         """Return the kept positions of each layer, ascending, -1 behind the last: a copy on the host."""
         self.settle()
-        return dict(zip(self.layers, self.in_order().cpu(), strict=True))
+        return {layer: self.in_order(index).cpu() for index, layer in enumerate(self.layers)}
 
     # What an eviction reads
 
@@ -193,11 +207,11 @@ class Store:
         size = self.longest + more
         return self.keys[index, :, :, :size], self.values[index, :, :, :size]
 
-    def in_order(self) -> Tensor:
-        """Return the positions of the slots in use, ascending: ``[layers, requests, H, S]``, -1 behind the last."""
-        slots = self.slots(slice(None))
-        order = slots.order[..., : self.longest].to(torch.int64)
-        return _by_layer(slots.positions.gather(-1, order), len(self.layers))
+    def in_order(self, index: int) -> Tensor:
+        """Return the positions of a layer's slots in use, ascending: ``[requests, H, S]``, -1 behind the last."""
+        at = self.rows_of(index)
+        slots, longest = self.slots(at), int(self.lengths()[at].max())
+        return slots.positions.gather(-1, slots.order[..., :longest].to(torch.int64))
 
     def state_of(self, band: Band, span: Span) -> State:
         """Return what a policy remembers of some rows, its slots in the places of :meth:`slots`."""
@@ -325,6 +339,13 @@ class Store:
         self._ends = None
 
     # Evicting
+
+    def settled_positions(self) -> Tensor:
+        """Return ``positions`` as :meth:`settle` would leave them; modifies nothing."""
+        slots = torch.arange(self.spec.capacity, device=self.spec.device)
+        length, settled, seen = (self.column(name)[:, None, None] for name in ("length", "settled", "seen"))
+        new = (slots >= settled) & (slots < length)
+        return torch.where(new, (slots + seen - length).to(self.positions.dtype), self.positions)
 
     def settle(self) -> None:
         """Write the positions of slots appended since the last eviction.
