@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from kvpolicy.errors import UsageError
+from kvpolicy.store import Store
 
-__all__ = ["Receipt"]
+__all__ = ["Receipt", "receipt_of"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Receipt:
         layers: the layers that evict.
         skipped: the layers left alone, and why.
         kept: the kept positions of each layer that evicts, on the host; see :meth:`positions`.
+        backend: what attends, with its version, where kvpolicy chooses it; None where the engine does.
     """
 
     policy: tuple[str, ...]
@@ -51,6 +55,7 @@ class Receipt:
     layers: tuple[int, ...]
     skipped: dict[int, str]
     kept: dict[int, Tensor] = field(repr=False, compare=False)
+    backend: str | None = None
 
     @property
     def peak_nbytes(self) -> int:
@@ -78,6 +83,7 @@ class Receipt:
         """Return a table."""
         lines = [f"kvpolicy {self.version}"]
         lines += [f"policy      {text}" for text in dict.fromkeys(self.policy)]
+        lines += [] if self.backend is None else [f"attention   {self.backend}"]
         lines.append(
             f"layers      {len(self.layers)} evict" + (f", {len(self.skipped)} left alone" if self.skipped else "")
         )
@@ -96,6 +102,50 @@ class Receipt:
                     f"request {r}: {broken:,} guarded tokens had to go, since guards protected more than the budget"
                 )
         return "\n".join(lines)
+
+
+def receipt_of(
+    policies: Sequence[str],
+    stores: Sequence[Store],
+    alone: Sequence[Store],
+    *,
+    turn_nbytes: int,
+    other_nbytes: int,
+    skipped: dict[int, str],
+    backend: str | None = None,
+) -> Receipt:
+    """Return the receipt of layers that lie in some stores.
+
+    Args:
+        policies: the text of each request's policy.
+        stores: those that evict, at least one.
+        alone: those of layers that the policy leaves alone.
+        turn_nbytes: what the largest turn so far held besides.
+        other_nbytes: what other layers hold.
+        skipped: the layers left alone, and why.
+        backend: what attends.
+    """
+    from kvpolicy import __version__
+
+    requests = range(len(policies))
+    broken = torch.stack([store.broken.view(-1, len(policies)).sum(0).cpu() for store in stores]).sum(0)
+    return Receipt(
+        policy=tuple(policies),
+        version=__version__,
+        seen=tuple(row.seen for row in stores[0].rows),
+        slots=tuple(max(store.rows[r].length for store in stores) for r in requests),
+        capacity=max(store.spec.capacity for store in stores),
+        evictions=tuple(max(store.rows[r].evictions for store in stores) for r in requests),
+        guards_broken=tuple(broken.tolist()),
+        nbytes=sum(store.nbytes() for store in stores),
+        turn_nbytes=turn_nbytes,
+        window_nbytes=sum(store.window.nbytes() for store in stores),
+        other_nbytes=other_nbytes + sum(store.nbytes() for store in alone),
+        layers=tuple(sorted(layer for store in stores for layer in store.layers)),
+        skipped=skipped,
+        kept={layer: positions for store in stores for layer, positions in store.kept().items()},
+        backend=backend,
+    )
 
 
 def size(nbytes: int) -> str:

@@ -170,6 +170,11 @@ class Store:
         """
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
+    def kept(self) -> dict[int, Tensor]:
+        """Return the kept positions of each layer, ascending, -1 behind the last: a copy on the host."""
+        self.settle()
+        return {layer: self.in_order(index).cpu() for index, layer in enumerate(self.layers)}
+
     # What an eviction reads
 
     def lengths(self) -> Tensor:
@@ -239,14 +244,7 @@ class Store:
             UsageError: they do not fit; nothing was written.
         """
         width = keys.shape[2]
-        used = [row.length for row in self.rows] if behind is None else list(behind)
-        if any(length + count > self.spec.capacity for length, count in zip(used, counts, strict=True)):
-            why = "it was not evicted when it was due"
-            if any(plan.interval is None for plan in self.plans):
-                why = "the policy evicts at the end of a turn only; bind it with a larger max_new_tokens"
-            raise UsageError(
-                f"a row holds {max(used)} of {self.spec.capacity} slots and cannot take {max(counts)} more: {why}"
-            )
+        used = self.insist_on_room(counts, behind)
         if len(set(used)) == 1 and all(count == width for count in counts):
             self.keys[index, :, :, used[0] : used[0] + width].copy_(keys)
             self.values[index, :, :, used[0] : used[0] + width].copy_(values)
@@ -259,6 +257,22 @@ class Store:
         for r, (length, count) in enumerate(zip(used, counts, strict=True)):
             self.keys[index, r, :, length : length + count].copy_(keys[r, :, width - count :])
             self.values[index, r, :, length : length + count].copy_(values[r, :, width - count :])
+
+    def insist_on_room(self, counts: Sequence[int], behind: Sequence[int] | None = None) -> list[int]:
+        """Return how many slots of each row stay before new tokens; the arguments are those of :meth:`append`.
+
+        Raises:
+            UsageError: the new tokens do not fit behind them.
+        """
+        used = [row.length for row in self.rows] if behind is None else list(behind)
+        if any(length + count > self.spec.capacity for length, count in zip(used, counts, strict=True)):
+            why = "it was not evicted when it was due"
+            if any(plan.interval is None for plan in self.plans):
+                why = "the policy evicts at the end of a turn only; bind it with a larger max_new_tokens"
+            raise UsageError(
+                f"a row holds {max(used)} of {self.spec.capacity} slots and cannot take {max(counts)} more: {why}"
+            )
+        return used
 
     def _last_slots(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return indices of the first free slot of every row and head; made once a step."""

@@ -13,14 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy import _check
-from kvpolicy.adapters.hf import binding, compat, others, planning, saving
+from kvpolicy.adapters import planning
+from kvpolicy.adapters.hf import binding, compat, others, saving
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.passes import Passes
 from kvpolicy.adapters.hf.ranks import kept_alike
 from kvpolicy.errors import IntegrityError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
-from kvpolicy.receipt import Receipt
+from kvpolicy.receipt import Receipt, receipt_of
 from kvpolicy.view import DEFAULT_WORKSPACE
 
 __all__ = ["EvictionCache"]
@@ -100,7 +101,7 @@ class EvictionCache(Passes):
             _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
         self.model, self.static = model, static
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
-        self.policies = planning.checked(policy)
+        self.policies = planning.checked(policy, "the transformers adapter")
         self.sharing, self.ranks = found.sharing, found.ranks
         if static and self.ranks.size > 1:
             raise UnsupportedError(
@@ -282,31 +283,17 @@ class EvictionCache(Passes):
         Raises:
             UsageError: no forward pass has been made yet.
         """
-        from kvpolicy import __version__
-
         self.step()
-        stores = [group.store for group in self.groups if group.store is not None and group.evicts]
+        stores = [group.store for group in self.groups if group.store is not None]
         if not stores:
             raise UsageError("no token has been seen yet: there is nothing to prove")
-        alone = [group.store for group in self.groups if group.store is not None and not group.evicts]
-        rows = stores[0].rows
-        broken = torch.stack([store.broken.view(-1, len(rows)).sum(0).cpu() for store in stores]).sum(0)
-        kept = {layer: at for group in self.groups for layer, at in group.positions().items()}
-        return Receipt(
-            policy=tuple(planning.policy_text(self.policy_of(r)) for r in range(len(rows))),
-            version=__version__,
-            seen=tuple(row.seen for row in rows),
-            slots=tuple(max(store.rows[r].length for store in stores) for r in range(len(rows))),
-            capacity=max(store.spec.capacity for store in stores),
-            evictions=tuple(self.evictions),
-            guards_broken=tuple(broken.tolist()),
-            nbytes=sum(store.nbytes() for store in stores),
+        return receipt_of(
+            [planning.policy_text(self.policy_of(r)) for r in range(self.num_requests)],
+            [store for store in stores if store.bands],
+            [store for store in stores if not store.bands],
             turn_nbytes=max(group.turn_nbytes for group in self.groups),
-            window_nbytes=sum(store.window.nbytes() for store in stores),
-            other_nbytes=sum(map(others.nbytes, self._others())) + sum(store.nbytes() for store in alone),
-            layers=tuple(sorted(layer for group in self.groups if group.evicts for layer in group.layers)),
+            other_nbytes=sum(map(others.nbytes, self._others())),
             skipped=self.skipped,
-            kept=kept,
         )
 
     def check_ranks(self) -> None:

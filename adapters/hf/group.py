@@ -13,7 +13,7 @@ from kvpolicy.adapters.hf.latent import Latent
 from kvpolicy.adapters.hf.ranks import Ranks
 from kvpolicy.adapters.hf.static import StaticSlots
 from kvpolicy.errors import UnsupportedError
-from kvpolicy.eviction import LogitSpec, evict, evict_due
+from kvpolicy.eviction import LogitSpec, evict_due
 from kvpolicy.policy import LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.store import Store
@@ -87,13 +87,12 @@ class Group:
         """Return a copy of the kept positions of each layer that evicts, ascending, -1 behind the last."""
         if self.store is None or not self.evicts:
             return {}
-        self.store.settle()
-        return {layer: self.store.in_order(index).cpu() for index, layer in enumerate(self.layers)}
+        return self.store.kept()
 
     def evict_after(self, before: Sequence[Row], *, turn: bool) -> None:
         """Evict where it is due, now that the tokens since ``before`` are there to stay."""
         assert self.store is not None
-        evict_due(self.store, before, lambda: self.logit_spec(self.layers), turn=turn)
+        evict_due(self.store, before, self.logit_spec, turn=turn)
 
     def settle(self) -> None:
         """Evict where it is due, now that no more tokens will be taken back."""
@@ -101,18 +100,10 @@ class Group:
             self.evict_after(self.unsettled, turn=False)
             self.unsettled = None
 
-    def show_before_turn(self) -> None:
-        """Show policies that count every query what is there: a turn may push queries out of the window."""
-        store = self.store
-        assert store is not None
-        shown = ["every_query" in band.policy.needs for band in store.bands for _ in range(band.count)]
-        if any(shown):
-            evict(store, [False] * len(shown), self.logit_spec(self.layers), shown)
-
-    def logit_spec(self, layers: Sequence[int]) -> LogitSpec:
-        """Return what attention does to logits, the same for all layers of a store but for sinks."""
+    def logit_spec(self, layers: Sequence[int] | None = None) -> LogitSpec:
+        """Return what attention does to logits, the same for all layers of a store, or some, but for sinks."""
         assert self.store is not None
-        spec, found = self.store.spec, [self.logits[layer] for layer in layers]
+        spec, found = self.store.spec, [self.logits[layer] for layer in layers or self.layers]
         first = found[0]
         if any(one["scaling"] != first["scaling"] or one["softcap"] != first["softcap"] for one in found):
             raise UnsupportedError("layers scale their logits differently, which is not supported yet")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from kvpolicy.adapters.hf import binding, compat, planning
+from kvpolicy.adapters import planning
+from kvpolicy.adapters.hf import binding, compat
 from kvpolicy.adapters.hf.arguments import tokens_of
 from kvpolicy.adapters.hf.attention import AttentionFunction, by_head, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.group import Group

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy.adapters.hf import others, planning
+from kvpolicy.adapters import planning
+from kvpolicy.adapters.hf import others
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.errors import KVPolicyError, UsageError
 from kvpolicy.policy import EvictionPolicy, Policy

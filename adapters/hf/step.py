@@ -12,10 +12,10 @@ from torch import Tensor
 from kvpolicy.adapters.hf import arguments
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.errors import UnsupportedError, UsageError
-from kvpolicy.eviction import fill_from
 from kvpolicy.ragged import RaggedStore
 from kvpolicy.row import Row
 from kvpolicy.store import Store
+from kvpolicy.turn import begin_turn, end_turn, take_turn
 from kvpolicy.view import LayerSpec
 
 if TYPE_CHECKING:
@@ -131,16 +131,8 @@ class Step:
         store.observe(index, query, self.counts)
         if self.decoding:
             return
-        turned, old = self._turned[id(group)], store.longest
-        if not any(store.over_budget(turned)):
-            store.append(index, keys[:, :, old:], values[:, :, old:], self.counts)
-            return
-        end = keys.shape[2] - self.tail
-        counts = [count - self.tail for count in self.counts]
-        fill_from(store, index, keys[:, :, :end], values[:, :, :end], counts, turned, group.logit_spec([layer]))
-        if self.tail:
-            behind = [row.length for row in store.cut_rows(turned)]
-            store.append(index, keys[:, :, end:], values[:, :, end:], [self.tail] * len(counts), behind)
+        turned = self._turned[id(group)]
+        take_turn(store, index, keys, values, self.counts, turned, lambda: group.logit_spec([layer]), self.tail)
 
     # What happens once a forward pass and group
 
@@ -180,11 +172,8 @@ class Step:
             store.window.align(self.counts)
         new = self.width if self.decoding else 0
         if not self.decoding:
-            if store.longest:
-                group.show_before_turn()
-                store.settle()
-            pairs = zip(store.rows, self.counts, strict=True)
-            self._turned[id(group)] = [row.advanced(count - self.tail, decoding=False) for row, count in pairs]
+            turned = [count - self.tail for count in self.counts]
+            self._turned[id(group)] = begin_turn(store, turned, group.logit_spec)
         if store.uniform and new <= 1 and (self.decoding or not store.longest):
             self._visible[id(group)] = None
             return
@@ -206,16 +195,8 @@ class Step:
                     "was set_attn_implementation() called while the cache was bound?"
                 )
             if not self.decoding:
-                self._end_turn(group, group.store)
+                end_turn(group.store, self._turned[id(group)], group.logit_spec)
             self._decode(group, group.store, self.counts if self.decoding else [self.tail] * len(self.counts))
-
-    def _end_turn(self, group: Group, store: Store) -> None:
-        """Make a turn count, but for its tail, and evict where it has not been cut."""
-        before, rows = store.rows, self._turned[id(group)]
-        filled = any(store.over_budget(rows))
-        store.advance(store.cut_rows(rows) if filled else rows)
-        if not filled:  # policies were shown a turn that was cut
-            group.evict_after(before, turn=True)
 
     def _decode(self, group: Group, store: Store, counts: Sequence[int]) -> None:
         """Make decoded tokens count, and evict where it is due, unless they may be drafts."""

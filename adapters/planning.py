@@ -11,24 +11,29 @@ from kvpolicy.stage import Chain, Stage
 
 __all__ = ["by_plan", "checked", "integers", "plans_of_layers", "policy_text"]
 
-OFFERS = frozenset({"queries", "every_query", "cross_heads", "head_budgets"})  #: what this adapter can give a policy
+OFFERS = frozenset({"queries", "every_query", "cross_heads", "head_budgets"})  #: what these adapters can give
 
 
-def checked(policy: EvictionPolicy | Sequence[EvictionPolicy]) -> tuple[EvictionPolicy, ...]:
-    """Return the policies, one object for equal ones, or say why one of them cannot be followed here."""
+def checked(policy: EvictionPolicy | Sequence[EvictionPolicy], adapter: str) -> tuple[EvictionPolicy, ...]:
+    """Return the policies, one object for equal ones, or say why one of them cannot be followed here.
+
+    Args:
+        policy: one, or one a request.
+        adapter: to be named, as ``"the transformers adapter"``.
+    """
     if isinstance(policy, Sequence) and not isinstance(policy, str):
         if not policy:
             raise BindError("an empty list of policies: give one policy, or one for each row of the batch")
         found: list[EvictionPolicy] = []
         for one in policy:
             same = next((other for other in found if other == one), one)
-            found.append(_checked_one(same))
+            found.append(_checked_one(same, adapter))
         return tuple(found)
-    return (_checked_one(policy),)
+    return (_checked_one(policy, adapter),)
 
 
-def _checked_one(policy: EvictionPolicy) -> EvictionPolicy:
-    """Return the policy, or say why it is none, or why transformers cannot give what it needs."""
+def _checked_one(policy: EvictionPolicy, adapter: str) -> EvictionPolicy:
+    """Return the policy, or say why it is none, or why the adapter cannot give what it needs."""
     if isinstance(policy, Stage | Chain):
         raise BindError(f"{policy!r} is not a policy yet; write Policy({policy!r})")
     if isinstance(policy, str):
@@ -43,7 +48,7 @@ def _checked_one(policy: EvictionPolicy) -> EvictionPolicy:
     missing = policy.needs - OFFERS
     if missing:
         raise UnsupportedError(
-            f"{policy!r} needs {', '.join(sorted(missing))}, which the transformers adapter cannot give; "
+            f"{policy!r} needs {', '.join(sorted(missing))}, which {adapter} cannot give; "
             f"it gives {', '.join(sorted(OFFERS))}"
         )
     return policy
