@@ -195,7 +195,7 @@ def test_replay_a_fork_and_a_second_turn() -> None:
                 one.last_logits = model(more, past_key_values=one).logits[:, -1]  # type: ignore[attr-defined]
                 for store in stores(one):
                     store.check_integrity()
-            assert (fork.last_logits - cache.last_logits[torch.tensor([1, 0, 1])]).abs().max() <= 1e-9  # type: ignore
+            assert (fork.last_logits - cache.last_logits[torch.tensor([1, 0, 1])]).abs().max() <= 1e-9  # type: ignore[attr-defined]
 
 
 REFUSED: dict[str, tuple[type[Exception], str, Any, dict[str, Any]]] = {
