@@ -74,7 +74,7 @@ class RaggedStore(Store):
         self.values = torch.zeros(*lines, spec.value_dim, dtype=spec.dtype, device=spec.device)
         self.positions = torch.full(lines, -1, dtype=torch.int32, device=spec.device)
         self.order = torch.zeros(lines, dtype=torch.int32, device=spec.device)
-        self.budgets = self._first_budgets.expand(*lead, -1).clone()
+        self.budgets = self._first_budgets.expand(*lead, spec.num_heads).clone()
         self.held = torch.zeros_like(self.budgets)
         self._filled: dict[int, Tensor] = {}
         self._place()

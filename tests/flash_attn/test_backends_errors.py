@@ -76,7 +76,7 @@ def test_dense(name: str) -> None:
     changed, text = DENSE[name]
     c = case("dense", [3, 5], 2)
     before = [x.clone() for x in (c.k_cache, c.v_cache)]
-    with pytest.raises(UsageError, match=text):
+    with pytest.raises(UsageError, match=text), torch.enable_grad():
         call(c, **changed)
     for cache, was in zip((c.k_cache, c.v_cache), before, strict=True):
         assert torch.equal(cache.nan_to_num(7), was.nan_to_num(7))
