@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpolicy.host import on_device
+
 __all__ = ["QueryWindow", "oldest_first"]
 
 
@@ -66,7 +68,7 @@ class QueryWindow:
             ring[:, :, self.at[0] : self.at[0] + 1].copy_(queries)
             return
         if width == 1 and all(counts):
-            requests, at = torch.arange(len(self.at), device=ring.device), torch.tensor(self.at, device=ring.device)
+            requests, at = torch.arange(len(self.at), device=ring.device), on_device(self.at, ring.device)
             ring[requests, :, at] = queries[:, :, 0]
             return
         for r, count in enumerate(counts):
@@ -94,7 +96,7 @@ class QueryWindow:
     def advance(self, counts: Sequence[int], seen: Sequence[int]) -> None:
         """Make what was written count; the arguments are those of :meth:`after`."""
         if self.size and self.uniform and set(counts) == {1}:  # the hot path
-            new = seen[0] if len(set(seen)) == 1 else torch.tensor(list(seen), device=self.positions.device)
+            new = seen[0] if len(set(seen)) == 1 else on_device(seen, self.positions.device)
             self.positions[:, :, self.at[0]] = new
             self.at = [(self.at[0] + 1) % self.size] * len(self.at)
             return
@@ -157,7 +159,7 @@ def oldest_first(queries: Tensor, positions: Tensor, at: Sequence[int]) -> tuple
     if len(set(at)) == 1:
         return queries.roll(-at[0], -2), positions.roll(-at[0], -1)
     size = queries.shape[-2]
-    start = torch.tensor(list(at), device=queries.device)
+    start = on_device(at, queries.device)
     places = (start[:, None] + torch.arange(size, device=start.device)) % size
     return (
         queries.gather(-2, places[:, None, :, None].expand(queries.shape)),
