@@ -21,6 +21,7 @@ class Own:
                  **options: Any) -> None:  # fmt: skip
         layers, batch, slots, query_heads, heads, dim = shape
         self.batch, self.table, self.page = batch, None, 0
+        self.free: list[int] = []
         self.policy, self.seqlens = policy, torch.zeros(batch, dtype=torch.int32)
         if layout.startswith("paged"):
             self.page = int(layout.split()[-1]) if layout[-1].isdigit() else 8
