@@ -105,9 +105,14 @@ class Band:
         start = index * self.requests
         return Span(slice(start + self.first, start + self.stop), slice(index * self.count, (index + 1) * self.count))
 
-    def spans(self, most: int) -> Iterator[Span]:
-        """Yield all rows of this band, at most ``most`` at once: rows of several layers where they are adjacent."""
-        if self.count == self.requests:
+    def spans(self, most: int, *, by_layer: bool = False) -> Iterator[Span]:
+        """Yield all rows of this band, at most ``most`` at once: rows of several layers where they are adjacent.
+
+        Args:
+            most: rows.
+            by_layer: rows of several layers are never yielded at once.
+        """
+        if self.count == self.requests and not by_layer:
             total = self.layers * self.requests
             for start in range(0, total, most):
                 at = slice(start, min(start + most, total))

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["compress", "move_", "moves", "reorder_"]
+__all__ = ["compress", "move_", "move_lines_", "moves", "reorder_"]
 
 
 def compress(values: Tensor, chosen: Tensor, size: int, fill: int) -> Tensor:
@@ -91,15 +91,27 @@ def move_(tensors: Iterable[Tensor], source: Tensor, target: Tensor) -> None:
         size = tensor.shape[2]
         if flat_source is None or flat_target is None:
             flat_source, flat_target = flat(source, size), flat(target, size)
-        lines = _words(tensor.flatten(0, 2))
-        lines.index_copy_(0, flat_target, lines.index_select(0, flat_source))
+        move_lines_(tensor.flatten(0, 2), flat_source, flat_target)
+
+
+def move_lines_(lines: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy lines of a tensor ``[N, ...]`` to other places in it.
+
+    Args:
+        lines: modified.
+        source: ``[M]``, the lines to read.
+        target: ``[M]``, the lines to write; none is read, unless it is copied onto itself.
+    """
+    words = _words(lines)
+    words.index_copy_(0, target, words.index_select(0, source))
 
 
 def _words(lines: Tensor) -> Tensor:
     """Return the same memory as the widest words: a CPU copies chosen rows word by word."""
-    if lines.device.type == "cpu" and lines.dim() > 1 and lines.shape[-1] * lines.element_size() % 16 == 0:
-        return lines.view(torch.complex128)
-    return lines
+    if lines.device.type != "cpu" or lines.dim() < 2:
+        return lines
+    sizes = (lines.shape[-1], lines.stride(0), lines.storage_offset())
+    return lines if any(size * lines.element_size() % 16 for size in sizes) else lines.view(torch.complex128)
 
 
 def reorder_(order: Tensor, mask: Tensor, kept: Tensor, first: int, source: Tensor, target: Tensor) -> None:

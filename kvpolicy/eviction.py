@@ -12,13 +12,14 @@ from torch import Tensor
 
 from kvpolicy.band import Band, Span
 from kvpolicy.compaction import compress
+from kvpolicy.host import on_device, sent
 from kvpolicy.integrity import insist_on_keep
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
 from kvpolicy.window import oldest_first, unrolled
 
-__all__ = ["LogitSpec", "evict", "evict_due", "fill_from"]
+__all__ = ["LogitSpec", "due_rows", "evict", "evict_due", "fill_from"]
 
 _BYTES_PER_SLOT = 96  #: what tiers, keys of the total order and masks of one slot take at once
 
@@ -63,17 +64,30 @@ def evict_due(store: Store, before: Sequence[Row], logits: Callable[[], LogitSpe
         logits: what the model's attention does; called only if a policy is asked.
         turn: a turn ends.
     """
+    due, shown = due_rows(store, before, store.rows, turn=turn)
+    if any(due) or any(shown):
+        evict(store, due, logits(), shown)
+
+
+def due_rows(store: Store, before: Sequence[Row], after: Sequence[Row], *, turn: bool) -> tuple[list[bool], list[bool]]:
+    """Return which rows are to be cut, and which a policy is to be shown though nothing has to go.
+
+    Args:
+        store: modified by nothing.
+        before: its rows as they were.
+        after: its rows with the tokens that are there to stay.
+        turn: a turn ends.
+    """
     at_end = [
         turn or (plan.interval is not None and row.decoded // plan.interval > old.decoded // plan.interval)
-        for row, old, plan in zip(store.rows, before, store.plans, strict=True)
+        for row, old, plan in zip(after, before, store.plans, strict=True)
     ]
-    due = [end and over for end, over in zip(at_end, store.over_budget(store.rows), strict=True)]
+    due = [end and over for end, over in zip(at_end, store.over_budget(after), strict=True)]
     shown = [False] * len(due)
     for band in store.bands:
         if "every_query" in band.policy.needs:
             shown[band.first : band.stop] = at_end[band.first : band.stop]
-    if any(due) or any(shown):
-        evict(store, due, logits(), shown)
+    return due, shown
 
 
 def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[bool] | None = None) -> None:
@@ -99,7 +113,7 @@ def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[
         here = slice(band.first, band.stop)
         if not any(due[here]) and not any([True] if shown is None else shown[here]):
             continue
-        for span in band.spans(most):
+        for span in store.spans(band, most):
             goal, held = goals[span.store], lengths[span.store]
             limit = max(0, int((held - goal).max()))
             view = _view(store, span.store, columns, goal, held, logits)
@@ -124,7 +138,7 @@ def _view(store: Store, at: slice, columns: dict[str, Tensor], goal: Tensor, hel
         held: ``[rows, H]`` slots in use, on the host.
         logits: what the model's attention does.
     """
-    lengths = held.to(store.spec.device)
+    lengths = sent(held, store.spec.device)
     mine: dict[str, Any] = {name: column[at] for name, column in columns.items()}
     new = mine.pop("new")[:, None, None]
     rank = torch.arange(max(row.length - row.settled for row in store.rows), device=lengths.device)
@@ -132,7 +146,7 @@ def _view(store: Store, at: slice, columns: dict[str, Tensor], goal: Tensor, hel
     return View(
         **store.slots(at)._asdict(),
         fresh=fresh,
-        budget=goal.to(store.spec.device),
+        budget=sent(goal, store.spec.device),
         lengths=lengths,
         recent=0,
         max_budget=0,
@@ -148,7 +162,7 @@ def _bytes_per_row(store: Store) -> int:
     spec, fresh = store.spec, max(row.length - row.settled for row in store.rows)
     queries = spec.num_query_heads * store.window.size * (spec.head_dim + (spec.query_dim or 0))
     tokens = spec.num_heads * fresh * (spec.head_dim + spec.value_dim)
-    return spec.num_heads * store.widest * _BYTES_PER_SLOT + (queries + tokens) * store.keys.element_size()
+    return spec.num_heads * store.widest * _BYTES_PER_SLOT + (queries + tokens) * store.spec.dtype.itemsize
 
 
 def _with_window(view: View, store: Store, band: Band, at: slice, logits: LogitSpec) -> View:
@@ -286,8 +300,8 @@ def fill_from(
         positions=positions,
         order=order,
         fresh=fresh,
-        budget=goal.to(device),
-        lengths=held.to(device),
+        budget=sent(goal, device),
+        lengths=sent(held, device),
         recent=0,
         max_budget=0,
         max_victims=0,
@@ -307,8 +321,8 @@ def _slots_of_turn(store: Store, rows: slice, size: int, counts: Sequence[int]) 
     """Return positions, order and fresh slots of what a layer holds joined with a turn's tokens."""
     device, heads, old = store.spec.device, store.spec.num_heads, store.longest
     width, slots = size - old, store.slots(rows)
-    count = torch.tensor(counts, device=device)[:, None, None]
-    length, seen = store.lengths()[rows].to(device)[..., None], store.column("seen")[:, None, None]
+    count = on_device(counts, device)[:, None, None]
+    length, seen = sent(store.lengths()[rows], device)[..., None], store.column("seen")[:, None, None]
     unsettled = (store.column("length") - store.column("settled"))[:, None, None]
     pad = width - count
     slot, column = torch.arange(size, device=device), torch.arange(width, device=device)
@@ -350,11 +364,8 @@ def _of_rows(rows: Sequence[Row], layers: Sequence[int], device: torch.device) -
     }
     columns = {to: [getattr(row, of) for row in rows] for of, to in names.items()}
     columns["new"] = [row.length - row.settled for row in rows]
-    found = {
-        name: torch.tensor(column, dtype=torch.int64, device=device).repeat(len(layers))
-        for name, column in columns.items()
-    }
-    found["layer"] = torch.tensor(layers, device=device).repeat_interleave(len(rows))
+    found = {name: on_device(column, device).repeat(len(layers)) for name, column in columns.items()}
+    found["layer"] = on_device(layers, device).repeat_interleave(len(rows))
     return found
 
 

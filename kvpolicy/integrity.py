@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import IntegrityError
+from kvpolicy.host import insist
 from kvpolicy.window import oldest_first
 
 if TYPE_CHECKING:
@@ -66,8 +67,6 @@ def _check_tensors(store: Store) -> None:
     slots = (*lead, *store.slot_axes)
     size = store.window.size
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
-        ("keys", store.keys, (*slots, spec.head_dim), spec.dtype),
-        ("values", store.values, (*slots, spec.value_dim), spec.dtype),
         ("positions", store.positions, slots, torch.int32),
         ("order", store.order, slots, torch.int32),
         ("broken", store.broken, (lead[0] * lead[1],), torch.int64),
@@ -82,6 +81,11 @@ def _check_tensors(store: Store) -> None:
     if window.lse is not None:
         precise = torch.float64 if spec.dtype == torch.float64 else torch.float32
         expected.append(("window.lse", window.lse, (*lead, spec.num_query_heads, size), precise))
+    if store.arenas:  # else keys and values are somebody else's
+        expected += [
+            ("keys", store.keys, (*slots, spec.head_dim), spec.dtype),
+            ("values", store.values, (*slots, spec.value_dim), spec.dtype),
+        ]
     for number, band in enumerate(store.bands):
         rows, name = band.layers * band.count, f"bands[{number}].state"
         for stage, held in enumerate(band.state):
@@ -96,9 +100,9 @@ def _check_tensors(store: Store) -> None:
             _refuse(name, f"shape {tuple(tensor.shape)}, and the store's sizes make it {shape}")
         if tensor.dtype != dtype:
             _refuse(name, f"{tensor.dtype}, and should be {dtype}")
-        if tensor.device != store.keys.device:
-            _refuse(name, f"on {tensor.device}, and the keys are on {store.keys.device}")
-        if not tensor.is_contiguous() and not (spec.values_in_keys and tensor is store.values):
+        if tensor.device != store.broken.device:
+            _refuse(name, f"on {tensor.device}, and the keys are on {store.broken.device}")
+        if not tensor.is_contiguous() and not (spec.values_in_keys and name == "values"):
             _refuse(name, "not contiguous, and slots are moved as lines of memory")
 
 
@@ -190,7 +194,4 @@ def insist_on_keep(keep: Keep, view: View, policy: EvictionPolicy) -> None:
         f"{policy!r} did not keep exactly min(budget, tokens) slots of every head, the last {view.recent} tokens among "
         "them, or named other victims: run kvpolicy.testing.check_policy on it"
     )
-    if right.device.type != "cpu":
-        torch._assert_async(right, text)  # pyright: ignore[reportPrivateImportUsage]
-    elif not bool(right):
-        raise IntegrityError(text)
+    insist(right, IntegrityError(text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpolicy.band import Band, Span, bands_of
 from kvpolicy.compaction import move_, moves, reorder_
 from kvpolicy.errors import UsageError
+from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.scores import Keep
@@ -141,7 +142,7 @@ class Store:
 
     def column(self, name: str) -> Tensor:
         """Return one count of every row, ``[requests]`` int64 on the store's device."""
-        return torch.tensor([getattr(row, name) for row in self.rows], dtype=torch.int64, device=self.spec.device)
+        return on_device([getattr(row, name) for row in self.rows], self.spec.device)
 
     @property
     def arenas(self) -> tuple[Tensor, ...]:
@@ -223,6 +224,10 @@ class Store:
     def remember(self, band: Band, span: Span, state: State) -> None:
         """Take over what a policy remembers of some rows; modifies the band's tensors."""
         band.remember(span, state)
+
+    def spans(self, band: Band, most: int) -> Iterator[Span]:
+        """Yield all rows of a band, at most ``most`` at once, each time some that one view can show."""
+        return band.spans(most)
 
     # Writing tokens
 
@@ -389,11 +394,11 @@ class Store:
             limit: the largest ``lengths - kept``, known on the host.
         """
         at = span.store
-        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
+        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at][..., : keep.mask.shape[-1]]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
-        moving = [*(arena.flatten(0, 1)[at] for arena in self.arenas), positions]
+        self._move(at, source, target)
         held = [t[span.band] for t in band.slots()]
-        move_([*moving, *held], source, target)
+        move_([positions, *held], source, target)
         first, last = max(0, min(row.length for row in self.rows) - limit), self.longest
         reorder_(order[..., :last], keep.mask[..., :last], kept, first, source, target)
         free = torch.arange(first, last, device=positions.device) >= kept[..., None]
@@ -401,6 +406,10 @@ class Store:
         for tensor in held:  # the next token of a slot begins with nothing
             tensor[:, :, first:last].masked_fill_(free.view(*free.shape, *[1] * (tensor.dim() - 3)), 0)
         self.broken[at] += keep.broken
+
+    def _move(self, at: slice, source: Tensor, target: Tensor) -> None:
+        """Move keys and values of some rows to other slots of their heads; see :func:`~kvpolicy.compaction.move_`."""
+        move_([arena.flatten(0, 1)[at] for arena in self.arenas], source, target)
 
     def cut(self, band: Band, due: Sequence[bool]) -> None:
         """Count an eviction of the rows of a policy: those that are due were cut, the others were seen by it."""

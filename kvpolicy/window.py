@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import UsageError
+from kvpolicy.host import on_device
 
 __all__ = ["QueryWindow", "oldest_first", "unrolled"]
 
@@ -93,7 +94,7 @@ class QueryWindow:
             ring[:, :, self.at[0] : self.at[0] + 1].copy_(given)
             return
         if width == 1 and all(counts):
-            requests, at = torch.arange(len(self.at), device=ring.device), torch.tensor(self.at, device=ring.device)
+            requests, at = torch.arange(len(self.at), device=ring.device), on_device(self.at, ring.device)
             ring[requests, :, at] = given[:, :, 0].to(ring.dtype)
             return
         for r, count in enumerate(counts):
@@ -121,7 +122,7 @@ class QueryWindow:
     def advance(self, counts: Sequence[int], seen: Sequence[int]) -> None:
         """Make what was written count; the arguments are those of :meth:`after`."""
         if self.size and self.uniform and set(counts) == {1}:  # the hot path
-            new = seen[0] if len(set(seen)) == 1 else torch.tensor(list(seen), device=self.positions.device)
+            new = seen[0] if len(set(seen)) == 1 else on_device(seen, self.positions.device)
             self.positions[:, :, self.at[0]] = new
             self.at = [(self.at[0] + 1) % self.size] * len(self.at)
             return
@@ -202,6 +203,6 @@ def unrolled(ring: Tensor, at: Sequence[int], request_axis: int, axis: int) -> T
         return ring.roll(-at[0], axis)
     size, shape = ring.shape[axis], [1] * ring.dim()
     shape[request_axis], shape[axis] = len(at), size
-    start = torch.tensor(list(at), device=ring.device)
+    start = on_device(at, ring.device)
     places = (start[:, None] + torch.arange(size, device=ring.device)) % size
     return ring.gather(axis, places.view(shape).expand(ring.shape))

@@ -8,10 +8,30 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import UsageError
+from kvpolicy import _check
+from kvpolicy.errors import ParameterError, UsageError
+from kvpolicy.host import on_device
 from kvpolicy.view import LayerSpec
 
-__all__ = ["check_counts", "check_tokens", "host_integers"]
+__all__ = ["check_counts", "check_kind", "check_queries", "check_sizes", "check_tokens", "host_integers", "positions"]
+
+
+def check_sizes(owner: str, sizes: dict[str, int]) -> None:
+    """Refuse sizes that are none.
+
+    Args:
+        owner: to be named.
+        sizes: by their names, ``num_heads`` and ``num_query_heads`` among them.
+
+    Raises:
+        ParameterError: one of them is no positive integer, or query heads cannot share KV heads evenly.
+    """
+    for name, size in sizes.items():
+        _check.integer(owner, name, size, 1)
+    if sizes["num_query_heads"] % sizes["num_heads"]:
+        raise ParameterError(
+            f"{owner}(num_query_heads={sizes['num_query_heads']}): it is no multiple of num_heads={sizes['num_heads']}"
+        )
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, batch_size: int) -> None:
@@ -28,20 +48,35 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor, spec: LayerSpec, batch_size: i
         UsageError: one of them is missing, or has another shape, dtype, device or stride.
     """
     for name, tensor, heads, dim in (
-        ("q", q, spec.num_query_heads, spec.query_dim or spec.head_dim),
+        ("q", q, spec.num_query_heads, spec.head_dim),
         ("k", k, spec.num_heads, spec.head_dim),
         ("v", v, spec.num_heads, spec.value_dim),
     ):
         if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             _refuse(f"{name} is {tensor!r}: attend takes q, k and v of the new tokens, all three of them")
-        width = q.shape[1] if q.dim() == 4 else "T"
-        expected = (batch_size, width, heads, dim)
-        if tuple(tensor.shape) != expected or width == 0:
-            _refuse(
-                f"{name} has shape {tuple(tensor.shape)}, and this cache takes {expected}: (batch_size, tokens, heads, "
-                "size), and one token at least; for transformers' layout write q.transpose(1, 2)"
-            )
+        _check_new(name, tensor, (batch_size, q.shape[1] if q.dim() == 4 else None, heads, dim))
         check_kind(name, tensor, spec)
+
+
+def check_queries(q: Tensor, spec: LayerSpec, batch_size: int) -> None:
+    """Refuse queries that are not those of these layers, ``[B, T, Hq, D]``.
+
+    Raises:
+        UsageError: they have another shape, dtype, device or stride.
+    """
+    if not isinstance(q, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        _refuse(f"q is {q!r}: give the queries of the new tokens")
+    _check_new("q", q, (batch_size, q.shape[1] if q.dim() == 4 else None, spec.num_query_heads, spec.head_dim))
+    check_kind("q", q, spec)
+
+
+def _check_new(name: str, tensor: Tensor, expected: tuple[int, int | None, int, int]) -> None:
+    if tuple(tensor.shape) != expected or not expected[1]:
+        sizes = ", ".join("T" if size is None else str(size) for size in expected)
+        _refuse(
+            f"{name} has shape {tuple(tensor.shape)}, and this cache takes ({sizes}): (batch_size, tokens, heads, "
+            f"size), and one token at least; for transformers' layout write {name}.transpose(1, 2)"
+        )
 
 
 def check_kind(name: str, tensor: Tensor, spec: LayerSpec) -> None:
@@ -97,6 +132,12 @@ def host_integers(name: str, given: object, rows: int) -> list[int]:
     if len(given) != rows:
         _refuse(f"{name} names {len(given)} rows, and there are {rows}")
     return list(given)
+
+
+def positions(seen: Sequence[int], width: int, counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return the positions of left-padded new tokens, ``[B, width]`` int64, 0 for pads."""
+    first = [have - (width - count) for have, count in zip(seen, counts, strict=True)]
+    return (on_device(first, device)[:, None] + torch.arange(width, device=device)).clamp(min=0)
 
 
 def _refuse(text: str) -> NoReturn:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kvpolicy import _check
 from kvpolicy.adapters import planning
 from kvpolicy.adapters.flash_attn import arguments
 from kvpolicy.adapters.flash_attn.backends import TABLE, Backend, select_backend
 from kvpolicy.adapters.flash_attn.backends.checks import refuse_unknown
 from kvpolicy.adapters.flash_attn.groups import Group, follow, layers_by_plan, made_store, new_rows, packed_places
-from kvpolicy.errors import BindError, UsageError
+from kvpolicy.errors import UsageError
 from kvpolicy.eviction import LogitSpec, evict_due
+from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.receipt import Receipt, receipt_of
 from kvpolicy.turn import begin_turn, end_turn, take_turn
@@ -111,18 +111,9 @@ class FlashCache:
         workspace: int = DEFAULT_WORKSPACE,
     ) -> None:
         value_dim = head_dim if value_dim is None else value_dim
-        for name, size in (
-            ("num_layers", num_layers),
-            ("num_heads", num_heads),
-            ("num_query_heads", num_query_heads),
-            ("head_dim", head_dim),
-            ("value_dim", value_dim),
-            ("batch_size", batch_size),
-            ("workspace", workspace),
-        ):
-            _check.integer("FlashCache", name, size, 1)
-        if num_query_heads % num_heads:
-            raise BindError(f"num_query_heads={num_query_heads} is no multiple of num_heads={num_heads}")
+        sizes = {"num_layers": num_layers, "num_heads": num_heads, "num_query_heads": num_query_heads}
+        sizes |= {"head_dim": head_dim, "value_dim": value_dim, "batch_size": batch_size, "workspace": workspace}
+        arguments.check_sizes("FlashCache", sizes)
         device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
         needs = {"strided"} | ({"row_lengths"} if batch_size > 1 else set())
         needs |= {"softcap"} if softcap is not None else set()
@@ -172,10 +163,7 @@ class FlashCache:
             counts: tokens of each row, its last columns; all of them by default.
         """
         given = arguments.check_counts(counts, self.batch_size, width)
-        store = self.groups[0].store
-        column = torch.arange(width, device=store.spec.device)
-        first = store.column("seen") - (width - torch.tensor(given, device=column.device))
-        return (first[:, None] + column).clamp(min=0)
+        return arguments.positions(self.seen, width, given, self.groups[0].store.spec.device)
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the slots of a layer as kernels see them: ``[B, C, Hkv, D]`` and ``[B, C, Hkv, Dv]``, no copy.
@@ -320,7 +308,7 @@ class FlashCache:
         group.after = begin_turn(store, step.counts, lambda: self.logits)
         group.packed = packed_places(store, step.width, step.counts)
         lengths = [row.length + count for row, count in zip(store.rows, step.counts, strict=True)]
-        group.lengths = torch.tensor(lengths, dtype=torch.int32, device=store.spec.device)
+        group.lengths = on_device(lengths, store.spec.device, torch.int32)
 
     def step(self) -> None:
         """End a forward pass: its tokens count, and all layers are evicted in one call when they are due.

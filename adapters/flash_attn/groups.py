@@ -11,12 +11,13 @@ from torch import Tensor
 from kvpolicy.adapters import planning
 from kvpolicy.errors import BindError, UnsupportedError
 from kvpolicy.growing import GrowingStore
+from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
 
-__all__ = ["Group", "follow", "layers_by_plan", "made_store", "new_rows"]
+__all__ = ["ADAPTER", "Group", "follow", "layers_by_plan", "made_store", "new_rows", "packed_places"]
 
 ADAPTER = "the flash_attn adapter"
 
@@ -126,5 +127,5 @@ def packed_places(store: Store, width: int, counts: Sequence[int]) -> Tensor | N
     device, old = store.spec.device, store.longest
     place = torch.arange(old + width, device=device)
     length = store.column("length")[:, None]
-    pad = width - torch.tensor(counts, device=device)[:, None]
+    pad = width - on_device(counts, device)[:, None]
     return torch.where(place < length, place, place + (old - length) + pad).clamp(max=old + width - 1)
