@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters import planning
-from kvpolicy.adapters.flash_attn import arguments
+from kvpolicy.adapters.flash_attn import arguments, by_head
 from kvpolicy.adapters.flash_attn.backends import TABLE, Backend, select_backend
 from kvpolicy.adapters.flash_attn.backends.checks import refuse_unknown
 from kvpolicy.adapters.flash_attn.groups import Group, follow, layers_by_plan, made_store, new_rows, packed_places
@@ -17,6 +17,7 @@ from kvpolicy.errors import UsageError
 from kvpolicy.eviction import LogitSpec, evict_due
 from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy
+from kvpolicy.ragged import RaggedStore
 from kvpolicy.receipt import Receipt, receipt_of
 from kvpolicy.turn import begin_turn, end_turn, take_turn
 from kvpolicy.view import DEFAULT_WORKSPACE, LayerSpec
@@ -118,11 +119,14 @@ class FlashCache:
         needs = {"strided"} | ({"row_lengths"} if batch_size > 1 else set())
         needs |= {"softcap"} if softcap is not None else set()
         needs |= {"value_dim"} if value_dim != head_dim else set()
+        self.policies = follow(policy, batch_size)
+        by_plan = layers_by_plan(self.policies, num_layers, num_heads, max_new_tokens)
+        if any(plan.head_wise for plans, _ in by_plan for plan in plans):
+            needs |= by_head.NEEDS
         name = backend.name if isinstance(backend, Backend) else backend
         found = select_backend(name, device=device, dtype=dtype, head_dim=head_dim, needs=needs)
         # Lengths are counted here, and need not be checked in every layer.
         self.backend = replace(backend if isinstance(backend, Backend) else found, check_lengths=False)
-        self.policies = follow(policy, batch_size)
         self.num_layers, self.batch_size = num_layers, batch_size
         self.logits = LogitSpec(
             scaling=head_dim**-0.5 if scaling is None else scaling,
@@ -132,7 +136,7 @@ class FlashCache:
             workspace=workspace,
         )
         self.groups = []
-        for plans, layers in layers_by_plan(self.policies, num_layers, num_heads, max_new_tokens):
+        for plans, layers in by_plan:
             capacity = max((plan.capacity for plan in plans), default=0)
             spec = LayerSpec(num_heads, num_query_heads, head_dim, value_dim, capacity, dtype, device)
             rows = new_rows(batch_size, requests, seeds)
@@ -169,9 +173,13 @@ class FlashCache:
         """Return the slots of a layer as kernels see them: ``[B, C, Hkv, D]`` and ``[B, C, Hkv, Dv]``, no copy.
 
         Raises:
-            UsageError: there is no such layer.
+            UsageError: there is no such layer, or its heads have slots of different numbers.
         """
         store = self._group(layer).store
+        if isinstance(store, RaggedStore):
+            raise UsageError(
+                f"heads of layer {layer} have slots of different numbers, which no [B, C, Hkv, D] can show"
+            )
         at = store.layers.index(layer)
         return store.keys[at].transpose(1, 2), store.values[at].transpose(1, 2)
 
@@ -253,6 +261,11 @@ class FlashCache:
         """Append one token to each row, and attend."""
         store, index = group.store, group.index(layer)
         ones = [1] * self.batch_size
+        if isinstance(store, RaggedStore):
+            store.append(index, k.transpose(1, 2), v.transpose(1, 2), ones)
+            out = by_head.attend_decoded(self.backend, store, index, q, self.logits)
+            store.observe(index, q.transpose(1, 2), ones)
+            return out
         features = TABLE[self.backend.name].has
         in_kernel = "append_in_kernel" in features and group.evicts
         if not in_kernel:
@@ -289,15 +302,18 @@ class FlashCache:
             seen_keys, seen_values = _packed(keys, group.packed), _packed(values, group.packed)
         held = {id(t): t.nbytes for t in (keys, values, seen_keys, seen_values)}
         group.turn_nbytes = max(group.turn_nbytes, sum(held.values()))
-        row_lengths = "row_lengths" in TABLE[self.backend.name].has
-        out = self.backend.with_kvcache(
-            q,
-            seen_keys.transpose(1, 2),
-            seen_values.transpose(1, 2),
-            cache_seqlens=group.lengths if row_lengths and group.lengths is not None else keys.shape[2],
-            scale=self.logits.scaling,
-            softcap=self.logits.softcap,
-        )
+        if isinstance(store, RaggedStore):
+            out = by_head.attend_turn(self.backend, store, index, q, keys, values, counts, self.logits)
+        else:
+            row_lengths = "row_lengths" in TABLE[self.backend.name].has
+            out = self.backend.with_kvcache(
+                q,
+                seen_keys.transpose(1, 2),
+                seen_values.transpose(1, 2),
+                cache_seqlens=group.lengths if row_lengths and group.lengths is not None else keys.shape[2],
+                scale=self.logits.scaling,
+                softcap=self.logits.softcap,
+            )
         store.observe(index, q.transpose(1, 2), counts)
         take_turn(store, index, keys, values, counts, group.after, lambda: self.logits)
         self._failed = False
@@ -306,7 +322,8 @@ class FlashCache:
     def _begin_turn(self, group: Group, step: _Pass) -> None:
         store = group.store
         group.after = begin_turn(store, step.counts, lambda: self.logits)
-        group.packed = packed_places(store, step.width, step.counts)
+        if not isinstance(store, RaggedStore):  # there, heads are packed one by one
+            group.packed = packed_places(store, step.width, step.counts)
         lengths = [row.length + count for row, count in zip(store.rows, step.counts, strict=True)]
         group.lengths = on_device(lengths, store.spec.device, torch.int32)
 

@@ -71,9 +71,9 @@ class OwnedStore(Store):
         own = (t.flatten(0, 1)[at][..., :size] for t in (self.positions, self.order))
         return Slots(*self.memory.slots(at, size), *own)
 
-    def in_order(self) -> Tensor:
-        """Return the positions of the slots in use, ascending: ``[layers, requests, H, S]``, -1 behind the last."""
-        return self.positions.gather(-1, self.order[..., : self.longest].to(torch.int64))
+    def in_order(self, index: int) -> Tensor:
+        """Return the positions of a layer's slots in use, ascending: ``[requests, H, S]``, -1 behind the last."""
+        return self.positions[index].gather(-1, self.order[index, ..., : self.longest].to(torch.int64))
 
     def spans(self, band: Band, most: int) -> Iterator[Span]:
         """Yield all rows of a band, at most ``most`` at once, of one layer where layers lie apart."""
