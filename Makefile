@@ -33,7 +33,7 @@ DEMO_PROMPT ?= Write a long, detailed guide to growing tomatoes: soil, seeds, wa
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-versions packaging lint types bench bench-peers docs clean
+.PHONY: help demo test test-versions packaging lint types bench bench-peers bench-gpu docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -100,6 +100,10 @@ $(PEERS_READY): pyproject.toml constraints.txt benchmarks/peers/constraints.txt
 bench-peers: $(PEERS_READY) ## beside kvpress, in an environment of its own (half an hour)
 	@echo "== bench-peers: python -m benchmarks.peers"
 	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.peers
+
+bench-gpu: ## on a CUDA machine, with PYTHON's packages (ten minutes)
+	@echo "== bench-gpu: benchmarks/gpu.sh"
+	@PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 docs: $(READY) ## the documentation, into site/
 	@echo "== docs: mkdocs build --strict"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from rich.console import Console
 
-from benchmarks import compaction, decode, eviction, flat, layers, memory, models
+from benchmarks import compaction, decode, eviction, flat, gather, layers, lse, memory, models, roofline
 from benchmarks.command import run_sections
 from benchmarks.report import Section, environment, show, write_json
 from benchmarks.stores import Shape
@@ -34,8 +34,26 @@ def _eviction(options: argparse.Namespace) -> Section:
 
 def _compaction(options: argparse.Namespace) -> Section:
     if options.quick:
-        return compaction.run(LARGE, [1024, 4096], options.repeats or 5)
-    return compaction.run(LARGE, [1024, 4096, 16384, 32768], options.repeats or 15)
+        return compaction.run(LARGE, [(1, 1024), (1, 4096), (2, 1024)], options.repeats or 5)
+    return compaction.run(LARGE, [(1, 1024), (1, 4096), (1, 16384), (1, 32768), (16, 4160)], options.repeats or 15)
+
+
+def _gather(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return gather.run(LARGE, [1024], options.repeats or 3)
+    return gather.run(LARGE, [1024, 4096, 16384], options.repeats or 9)
+
+
+def _lse(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return lse.run(LARGE, [1024], options.repeats or 3)
+    return lse.run(LARGE, [4096, 8192, 16384, 32768], options.repeats or 7)
+
+
+def _roofline(options: argparse.Namespace) -> Section:
+    if options.quick:
+        return roofline.run(LARGE, [1024], options.repeats or 3)
+    return roofline.run(LARGE, [1024, 4096, 16384, 32768], options.repeats or 9)
 
 
 def _layers(options: argparse.Namespace) -> Section:
@@ -62,6 +80,9 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {
     "decode": _decode,
     "eviction": _eviction,
     "compaction": _compaction,
+    "gather": _gather,
+    "lse": _lse,
+    "roofline": _roofline,
     "layers": _layers,
     "memory": _memory,
     "flat": _flat,

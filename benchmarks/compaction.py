@@ -13,41 +13,42 @@ from benchmarks.stores import Shape
 from benchmarks.timing import clock, median_ms, ratio, take_turns
 from kvpolicy.store import Store
 
-__all__ = ["run"]
+__all__ = ["bytes_to_move", "run"]
 
 GATHER_LIMIT, COPY_LIMIT = 1 / 20, 3.0
-COMPACT, COPY, GATHER, SELECT = "compact", "copy", "gather", "index_select"
+COMPACT, COPY, ROWS, GATHER, SELECT = "compact", "copy", "rows", "gather", "index_select"
 
 
-def run(shape: Shape, sizes: list[int], repeats: int) -> Section:
-    """Compact one layer at each number of slots, in float32 and bfloat16.
+def run(shape: Shape, cases: list[tuple[int, int]], repeats: int) -> Section:
+    """Compact layers in one call, at each number of slots, in float32 and bfloat16.
 
     ``gather`` and ``index_select`` write the survivors of each head into its first slots, in
     position order, as libraries do. ``copy`` copies in one piece as many bytes as compaction must
     move: keys, values, positions and remembered numbers of the survivors that change their place,
-    and the order of all slots.
+    and the order of all slots. ``rows`` copies as many rows of keys and of values as move, from
+    random places to random places, and nothing else.
 
     Args:
-        shape: of the layer.
-        sizes: slots in use before the eviction.
+        shape: of a layer.
+        cases: how many layers, and the slots in use before the eviction.
         repeats: of each.
     """
-    versus = (GATHER, SELECT, COPY)
+    versus = (GATHER, SELECT, COPY, ROWS)
     section = Section(
         "compaction",
-        f"CPU ms of compacting a layer of {shape.heads} heads of {shape.dim} behind 64 victims "
+        f"CPU ms of compacting layers of {shape.heads} heads of {shape.dim} in one call, behind 64 victims a head "
         f"({repeats} repeats), and its ratio to each of the others",
-        ["slots", "dtype", "must move, KiB", COMPACT, *versus, *(f"to {name}" for name in versus)],
+        ["layers", "slots", "dtype", "must move, KiB", COMPACT, *(f"to {name}" for name in versus)],
     )
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        for size in sizes:
-            seconds, moved = _measure(Evictions(size, dataclasses.replace(shape, dtype=dtype)), repeats)
+        for layers, size in cases:
+            evictions = Evictions(size, dataclasses.replace(shape, dtype=dtype), layers)
+            seconds, moved = _measure(evictions, repeats)
             ratios = {other: ratio(seconds[COMPACT], seconds[other]) for other in versus}
-            times = [median_ms(seconds[one]) for one in (COMPACT, *versus)]
-            section.rows.append([size, name, moved / 1024, *times, *ratios.values()])
-            if size == 4096:
-                what = f"{name}, {size} slots, compaction to"
+            section.rows.append([layers, size, name, moved / 1024, median_ms(seconds[COMPACT]), *ratios.values()])
+            if size in (4096, 4160):
+                what = f"{name}, {layers} × {size} slots, compaction to"
                 section.targets += [
                     Target(f"{what} gather", ratios[GATHER].median, GATHER_LIMIT),
                     Target(f"{what} copy", ratios[COPY].median, COPY_LIMIT),
@@ -66,21 +67,22 @@ def _measure(evictions: Evictions, repeats: int) -> tuple[dict[str, list[float]]
 
     contestants = {
         COMPACT: compact,
-        COPY: lambda: _copy(_bytes_to_move(store, laps.moved), *buffers),
+        COPY: lambda: _copy(bytes_to_move(store, laps.moved), *buffers),
+        ROWS: lambda: _rows(store, laps.moved),
         GATHER: lambda: _gather(store, budget),
         SELECT: lambda: _index_select(store, budget),
     }
     take_turns(contestants, 1)
-    return take_turns(contestants, repeats), _bytes_to_move(store, laps.moved)
+    return take_turns(contestants, repeats), bytes_to_move(store, laps.moved)
 
 
-def _bytes_to_move(store: Store, moved: int) -> int:
+def bytes_to_move(store: Store, moved: int) -> int:
     """Return the bytes of what changes its place: rows of moved slots, and the order of all."""
     spec = store.spec
     element = torch.finfo(spec.dtype).bits // 8
     numbers = sum(t.element_size() for held in store.bands[0].state if held for t in held.slots)
     row = (spec.head_dim + spec.value_dim) * element + store.positions.element_size() + numbers
-    return moved * row + spec.num_heads * store.longest * store.order.element_size()
+    return moved * row + len(store.layers) * spec.num_heads * store.longest * store.order.element_size()
 
 
 def _copy(size: int, source: Tensor, target: Tensor) -> float:
@@ -92,15 +94,26 @@ def _copy(size: int, source: Tensor, target: Tensor) -> float:
     return clock() - start
 
 
+def _rows(store: Store, moved: int) -> float:
+    """Copy rows of keys and values between random places, as the widest words that torch has."""
+    lines = [t.flatten(0, 3).view(torch.complex128) for t in (store.keys, store.values)]
+    source, target = torch.randperm(len(lines[0]))[: 2 * moved].view(2, moved)
+    start = clock()
+    for line in lines:
+        line.index_copy_(0, target, line.index_select(0, source))
+    return clock() - start
+
+
 def _survivors(store: Store, budget: int) -> Tensor:
-    heads = range(store.spec.num_heads)
-    return torch.stack([torch.randperm(budget + 64)[:budget].sort().values for _ in heads])[None]
+    heads = range(len(store.layers) * store.spec.num_heads)
+    slots = torch.stack([torch.randperm(budget + 64)[:budget].sort().values for _ in heads])
+    return slots.view(len(store.layers), -1, budget)
 
 
 def _gather(store: Store, budget: int) -> float:
     slots = _survivors(store, budget)
     start = clock()
-    for held in (store.keys[0], store.values[0]):
+    for held in (store.keys[:, 0], store.values[:, 0]):
         at = slots[..., None].expand(-1, -1, -1, held.shape[-1])
         held[:, :, :budget].copy_(held.gather(2, at))
     return clock() - start
@@ -109,8 +122,9 @@ def _gather(store: Store, budget: int) -> float:
 def _index_select(store: Store, budget: int) -> float:
     slots = _survivors(store, budget)
     start = clock()
-    flat = (slots + torch.arange(slots.shape[1])[:, None] * store.spec.capacity).flatten()
-    for held in (store.keys[0], store.values[0]):
-        rows = held.view(-1, held.shape[-1]).index_select(0, flat)
-        held[:, :, :budget].copy_(rows.view(1, slots.shape[1], budget, -1))
+    heads = slots.shape[0] * slots.shape[1]
+    flat = (slots + torch.arange(heads).view(*slots.shape[:2], 1) * store.spec.capacity).flatten()
+    for held in (store.keys[:, 0], store.values[:, 0]):
+        rows = held.reshape(-1, held.shape[-1]).index_select(0, flat)
+        held[:, :, :budget].copy_(rows.view(*slots.shape, -1))
     return clock() - start

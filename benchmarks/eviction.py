@@ -45,12 +45,12 @@ def run(shape: Shape, sizes: list[int], repeats: int) -> Section:
 
 
 class Evictions:
-    """Evict a layer again and again; what each part took is noted in ``parts``."""
+    """Evict layers again and again, in one view; what each part took is noted in ``parts``."""
 
-    def __init__(self, size: int, shape: Shape) -> None:
+    def __init__(self, size: int, shape: Shape, layers: int = 1) -> None:
         self.laps, self.interval = Laps(), 64
         policy = TimedPolicy(size - self.interval, self.laps)
-        self.store = filled(policy, shape, range(1), TimedStore)
+        self.store = filled(policy, shape, range(layers), TimedStore)
         self.parts: dict[str, list[float]] = {name: [] for name in PARTS}
 
     def __call__(self) -> float:

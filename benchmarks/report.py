@@ -8,17 +8,19 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+import kvpolicy
 from benchmarks.timing import Ratio
 
-__all__ = ["Section", "Target", "environment", "show", "text", "write_json"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Section", "Target", "environment", "show", "text", "version_of", "write_json"]
 
 Cell = str | int | float | Ratio
 
@@ -47,6 +49,7 @@ class Section:
         columns: headings.
         rows: one cell a column.
         targets: what the numbers should be.
+        notes: what was left out, and why.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Section:
     columns: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values; each row by its column."""
@@ -65,7 +69,7 @@ class Section:
             for row in self.rows
         ]
         targets = [{**dataclasses.asdict(target), "holds": target.holds} for target in self.targets]
-        return {"title": self.title, "rows": rows, "targets": targets}
+        return {"title": self.title, "rows": rows, "targets": targets, "notes": self.notes}
 
 
 def text(cell: Cell) -> str:
@@ -78,7 +82,9 @@ def text(cell: Cell) -> str:
 
 
 def show(section: Section, console: Console) -> None:
-    """Print a table and its targets."""
+    """Print a table, its targets and its notes."""
+    from rich.table import Table
+
     table = Table(title=f"{section.name}: {section.title}", title_justify="left")
     for number, name in enumerate(section.columns):
         table.add_column(name, justify="right" if number else "left")
@@ -88,25 +94,31 @@ def show(section: Section, console: Console) -> None:
     for target in section.targets:
         verdict = "[green]holds[/]" if target.holds else "[red]missed[/]"
         console.print(f"  {verdict}  {target.what}: {text(target.value)}, at most {text(target.at_most)}")
+    for note in section.notes:
+        console.print(f"  {note}")
     console.print()
 
 
 def environment(*packages: str) -> dict[str, Any]:
     """Return versions, those of further packages among them, machine and date."""
-    import transformers
-
-    import kvpolicy
-
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "kvpolicy": kvpolicy.__version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **{name: version(name) for name in packages},
+        "transformers": version_of("transformers"),
+        **{name: version_of(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {_processor()}, {platform.system()} {platform.release()}",
         "threads": torch.get_num_threads(),
     }
+
+
+def version_of(package: str) -> str:
+    """Return the version of a distribution, or that it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kvpolicy.eviction import LogitSpec
 from kvpolicy.policy import EvictionPolicy, ModelSpec
@@ -25,14 +26,21 @@ class Shape:
     dtype: torch.dtype = torch.float32
 
 
-def filled(policy: EvictionPolicy, shape: Shape, layers: range, kind: type[Store] = Store) -> Store:
-    """Return a store of one request that holds its budget; :func:`grow` makes an eviction due."""
+def filled(
+    policy: EvictionPolicy,
+    shape: Shape,
+    layers: range,
+    kind: type[Store] = Store,
+    *,
+    requests: int = 1,
+    device: torch.device | str = "cpu",
+) -> Store:
+    """Return a store that holds its budget; :func:`grow` makes an eviction due."""
     plan = policy.plan(ModelSpec(len(layers))).layers[0]
     assert plan is not None
     heads = shape.heads * shape.group
-    device = torch.device("cpu")
-    spec = LayerSpec(shape.heads, heads, shape.dim, shape.dim, plan.capacity, shape.dtype, device)
-    store = kind(policy, plan, spec, layers, [Row()])
+    spec = LayerSpec(shape.heads, heads, shape.dim, shape.dim, plan.capacity, shape.dtype, torch.device(device))
+    store = kind(policy, plan, spec, layers, [Row() for _ in range(requests)])
     _add(store, plan.budget, decoding=False)
     return store
 
@@ -43,13 +51,15 @@ def grow(store: Store) -> None:
 
 
 def _add(store: Store, count: int, *, decoding: bool) -> None:
-    spec, window = store.spec, store.plans[0].window
+    spec, window, requests = store.spec, store.plans[0].window, len(store.rows)
+
+    def random(heads: int, tokens: int, dim: int) -> Tensor:
+        return torch.randn(requests, heads, tokens, dim, device=spec.device).to(spec.dtype)
+
     for index in range(len(store.layers)):
-        keys = torch.randn(1, spec.num_heads, count, spec.head_dim).to(spec.dtype)
-        values = torch.randn(1, spec.num_heads, count, spec.value_dim).to(spec.dtype)
-        queries = torch.randn(1, spec.num_query_heads, min(count, window), spec.head_dim)
-        store.append(index, keys, values, [count])
-        store.observe(index, queries.to(spec.dtype), [count])
+        keys, values = (random(spec.num_heads, count, dim) for dim in (spec.head_dim, spec.value_dim))
+        store.append(index, keys, values, [count] * requests)
+        store.observe(index, random(spec.num_query_heads, min(count, window), spec.head_dim), [count] * requests)
     store.advance([row.advanced(count, decoding=decoding) for row in store.rows])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["compress", "move_", "move_lines_", "moves", "reorder_after"]
+__all__ = ["compress", "move_", "move_lines_", "moves", "reorder_"]
 
 
 def compress(values: Tensor, chosen: Tensor, size: int, fill: int) -> Tensor:
@@ -114,20 +114,27 @@ def _words(lines: Tensor) -> Tensor:
     return lines if any(size * lines.element_size() % 16 for size in sizes) else lines.view(torch.complex128)
 
 
-def reorder_after(order: Tensor, mask: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Return the slots in position order, after survivors have moved.
+def reorder_(order: Tensor, mask: Tensor, kept: Tensor, first: int, source: Tensor, target: Tensor) -> None:
+    """Let the slots be in position order again after survivors have moved; modifies ``order``.
 
     Args:
-        order: ``[B, H, S]``, the slots in position order before.
+        order: ``[B, H, S]``, the slots in position order before; behind them there may be further free
+            slots, which are left as they are.
         mask: ``[B, H, S]`` bool, the survivors before they moved.
+        kept: ``[B, H]`` survivors.
+        first: not more than any ``kept``, known on the host. From there on, free slots stand in
+            their own order.
         source: what :func:`moves` returned.
         target: what :func:`moves` returned.
-
-    Returns:
-        ``[B, H, S]``, in the dtype of ``order``; free slots stand last, in their own order.
     """
-    slots = torch.arange(-1, order.shape[-1], device=order.device, dtype=order.dtype)
-    slots = slots.expand(*order.shape[:-1], -1)
-    place = slots[..., 1:].scatter(-1, source, target.to(order.dtype))
-    at = order.to(torch.int64)
-    return slots.scatter(-1, _rank(mask.gather(-1, at)), place.gather(-1, at))[..., 1:]
+    size = order.shape[-1]
+    slots = torch.arange(size, device=order.device, dtype=order.dtype)
+    place = torch.where(mask, slots, -1).scatter_(-1, source, target.to(order.dtype))
+    starts = torch.arange(0, place.numel(), size, device=order.device, dtype=order.dtype)
+    moved = place.flatten().index_select(0, (order + starts.view(*order.shape[:-1], 1)).flatten()).view(order.shape)
+    # What has gone, or is free, is written behind the survivors, where the tail is written once more.
+    gone = moved < 0
+    rank = gone.logical_not().cumsum(-1).sub_(1).masked_fill_(gone, size - 1)
+    order.scatter_(-1, rank, moved)
+    tail = order[..., first:]
+    tail.copy_(torch.where(slots[first:] >= kept[..., None], slots[first:], tail))

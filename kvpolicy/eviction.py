@@ -17,7 +17,7 @@ from kvpolicy.integrity import insist_on_keep
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
-from kvpolicy.window import oldest_first
+from kvpolicy.window import oldest_first, unrolled
 
 __all__ = ["LogitSpec", "due_rows", "evict", "evict_due", "fill_from"]
 
@@ -175,7 +175,10 @@ def _with_window(view: View, store: Store, band: Band, at: slice, logits: LogitS
     queries, positions = queries[:, :, -size:], positions[:, -size:]
     if logits.absorb is not None:
         queries = _absorbed(queries, at, len(store.rows), logits.absorb)
-    return dataclasses.replace(view, queries=queries, query_positions=positions)
+    lse = None
+    if window.lse is not None and all(row.whole(size) for row in store.rows[band.first : band.stop]):
+        lse = unrolled(window.lse.flatten(0, 1)[at], places, -3, -1)[:, :, -size:]
+    return dataclasses.replace(view, queries=queries, query_positions=positions, lse=lse)
 
 
 def _absorbed(queries: Tensor, at: slice, requests: int, absorb: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -236,6 +239,7 @@ def _cut_layer(
             sharing=shared,
             queries=None if view.queries is None or not size else view.queries[here, :, -size:],
             query_positions=None if view.query_positions is None or not size else view.query_positions[here, -size:],
+            lse=None if view.lse is None or not size else view.lse[here, :, -size:],
         )
         keep, new = band.policy.select(part, state)
         insist_on_keep(keep, part, band.policy)
@@ -275,7 +279,7 @@ def fill_from(
         after: every row with the new tokens and before any is dropped.
         logits: what the attention of this layer does, its sinks ``[1, Hq]``.
     """
-    device, old, rows = store.spec.device, store.longest, slice(index * len(after), (index + 1) * len(after))
+    device, old, rows = store.spec.device, store.longest, store.rows_of(index)
     held = store.lengths()[rows] + torch.tensor(counts)[:, None]
     goal = torch.minimum(held, store.goals([True] * len(after))[rows])
     positions, order, fresh = _slots_of_turn(store, rows, keys.shape[2], counts)
@@ -283,6 +287,11 @@ def fill_from(
     asked, asked_positions = oldest_first(store.window.queries[index], window, at)
     if logits.absorb is not None and store.window.size:
         asked = logits.absorb(index, asked)
+    lse = None
+    if store.window.lse is not None and all(
+        row.whole(plan.window) for row, plan in zip(after, store.plans, strict=True)
+    ):
+        lse = unrolled(store.window.lse[index], at, -3, -1)
     columns = _of_rows(after, store.layers[index : index + 1], device)
     del columns["new"]
     view = View(
@@ -298,6 +307,7 @@ def fill_from(
         max_victims=0,
         queries=asked,
         query_positions=asked_positions,
+        lse=lse,
         sink_logits=None if logits.sinks is None else logits.sinks.expand(len(after), -1),
         **columns,
         **_of_model(logits),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from kvpolicy.store import Store
     from kvpolicy.view import View
 
-__all__ = ["check_integrity", "insist_on_keep", "settled_positions"]
+__all__ = ["check_integrity", "insist_on_keep"]
 
 
 def check_integrity(store: Store) -> None:
@@ -31,28 +32,19 @@ def check_integrity(store: Store) -> None:
     """
     _check_rows(store)
     _check_tensors(store)
-    positions = settled_positions(store).cpu()
-    order = store.order.cpu().to(torch.int64)
+    positions, order = store.settled_positions().cpu(), store.order.cpu().to(torch.int64)
+    lengths = store.lengths().view(len(store.layers), len(store.rows), -1).tolist()
     for index, layer in enumerate(store.layers):
         for r, row in enumerate(store.rows):
             for head in range(store.spec.num_heads):
                 where = f"layer {layer}, request {r}, head {head}"
-                _check_head(where, row, positions[index, r, head], order[index, r, head])
+                held = replace(row, length=lengths[index][r][head])
+                _check_head(where, held, *(store.of_head(t, index, r, head) for t in (positions, order)))
             _check_window(store, index, r)
 
 
-def settled_positions(store: Store) -> Tensor:
-    """Return the position of every slot, as :meth:`~kvpolicy.store.Store.settle` would leave it."""
-    slots = torch.arange(store.spec.capacity, device=store.spec.device)
-    columns = (store.column(name)[:, None, None] for name in ("length", "settled", "seen"))
-    length, settled, seen = columns
-    new = (slots >= settled) & (slots < length)
-    implicit = (slots + seen - length).to(store.positions.dtype)
-    return torch.where(new, implicit, store.positions)
-
-
 def _check_rows(store: Store) -> None:
-    capacity = store.spec.capacity
+    capacity = store.widest
     for r, row in enumerate(store.rows):
         where = f"request {r}"
         if not 0 <= row.length <= capacity:
@@ -72,7 +64,7 @@ def _check_rows(store: Store) -> None:
 def _check_tensors(store: Store) -> None:
     spec, window = store.spec, store.window
     lead = (len(store.layers), len(store.rows))
-    slots = (*lead, spec.num_heads, spec.capacity)
+    slots = (*lead, *store.slot_axes)
     size = store.window.size
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
         ("positions", store.positions, slots, torch.int32),
@@ -91,12 +83,16 @@ def _check_tensors(store: Store) -> None:
             ("keys", store.keys, (*slots, spec.head_dim), spec.dtype),
             ("values", store.values, (*slots, spec.value_dim), spec.dtype),
         ]
+    if window.lse is not None:
+        precise = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        expected.append(("window.lse", window.lse, (*lead, spec.num_query_heads, size), precise))
     for number, band in enumerate(store.bands):
         rows, name = band.layers * band.count, f"bands[{number}].state"
         for stage, held in enumerate(band.state):
             if held is not None:
                 expected += [
-                    (f"{name}[{stage}].slots", t, (rows, *slots[2:], *t.shape[3:]), t.dtype) for t in held.slots
+                    (f"{name}[{stage}].slots", t, (rows, *slots[2:], *t.shape[len(slots) - 1 :]), t.dtype)
+                    for t in held.slots
                 ]
                 expected += [(f"{name}[{stage}].rows", t, (rows, *t.shape[1:]), t.dtype) for t in held.rows]
     for name, tensor, shape, dtype in expected:

@@ -227,7 +227,7 @@ class Policy:
                     f"{sharing!r} names {len(heads)} heads, and the model has {model.num_heads} KV heads in a layer"
                 )
             most, least = (max(budget), min(budget)) if isinstance(budget, tuple) else (budget, budget)
-            self._check_budget(least if sharing is None else sharing.least(least, self.recent), where)
+            self._check_budget(most, least if sharing is None else sharing.least(least, self.recent), where)
             layer = LayerPlan(most, most + grown, self.interval, self.recent, window, heads)
             if sharing is not None and sharing.shared:
                 layer = dataclasses.replace(layer, shared=True, refresh=sharing.refresh)
@@ -251,18 +251,19 @@ class Policy:
             scores = transform.apply_with(scores, view.at(sum(1 for _ in scorer.leaves())), state)
         return self.chain.selector.select(scores, view), state
 
-    def _check_budget(self, budget: int, where: str) -> None:
-        if budget <= self.recent:
+    def _check_budget(self, budget: int, least: int, where: str) -> None:
+        """Refuse a budget that holds the last tokens alone, and guards that some head has no room for."""
+        if budget <= self.recent or least < self.recent:
             raise BudgetError(
                 f"{where}a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens "
                 f"could stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
             )
         for stage in self.stages:
-            if stage.reserved(budget) + self.recent > budget:
+            guarded = stage.reserved(least)
+            if guarded + self.recent > least:
                 raise BudgetError(
-                    f"{where}{stage!r} protects {stage.reserved(budget)} slots and recent={self.recent} more, which do "
-                    f"not fit into a budget of {budget}; raise the budget to at least "
-                    f"{stage.reserved(budget) + self.recent}, or protect less"
+                    f"{where}{stage!r} protects {guarded} slots and recent={self.recent} more, which do not fit into "
+                    f"a budget of {least}; raise the budget to at least {guarded + self.recent}, or protect less"
                 )
 
     def text(self, *, full: bool = False) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvpolicy.log_sum_exp import LOG2_E, received_by_lse
 from kvpolicy.view import View
 
 __all__ = ["blocks", "received"]
@@ -37,6 +38,7 @@ def received(
     causal: bool,
     temperature: float,
     reduce: Literal["mean", "max"],
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Return the probability mass that ``queries`` give to each slot.
 
@@ -52,10 +54,15 @@ def received(
         causal: hide slots newer than a query. Leave it out where none can be.
         temperature: divides the logits.
         reduce: over queries and group.
+        lse: ``[B, Hq, W]``, of the logits of each query over the chosen slots that are not newer, with
+            the sink logit, or None: nothing is then summed, unless the temperature makes other
+            logits of them.
 
     Returns:
         ``[B, H, S]`` in ``view.compute_dtype``, 0 where not chosen.
     """
+    if lse is not None and causal and temperature == 1:
+        return received_by_lse(view, queries, query_positions, lse, weight, reduce=reduce)
     b, h, s = view.shape
     window, dim = queries.shape[2], queries.shape[3]
     group = queries.shape[1] // h
@@ -66,11 +73,13 @@ def received(
     inside = chosen.flatten(0, 1)[..., None]
     bias = torch.where(chosen, 0.0, _MASKED).to(dtype).flatten(0, 1)[:, None]
     weights = weight.to(dtype).repeat_interleave(h, 0)[:, None]
-    sinks = None if view.sink_logits is None else view.sink_logits.reshape(b * h, group, 1, 1).to(dtype) / temperature
+    sinks = None
+    if view.sink_logits is not None:
+        sinks = view.sink_logits.reshape(b * h, group, 1, 1).to(dtype) * (LOG2_E / temperature)
     out = torch.zeros(b * h, 1, s, dtype=dtype, device=keys.device)
     bytes_per_query = group * s * torch.finfo(dtype).bits // 8
     several = max(1, min(window, view.workspace // 8 // bytes_per_query))
-    scratch = out.new_empty(0, 0)
+    scratch = out.new_empty(0)
     for at in blocks(view, several * bytes_per_query):
         # Whatever else the slots hold is not read: nan plus a bias would still be nan.
         held = keys[at].to(dtype).masked_fill(~inside[at], 0).transpose(1, 2)
@@ -79,39 +88,39 @@ def received(
             now = asked[at, :, some].flatten(1, 2).to(dtype)
             n, lines = now.shape[:2]
             if not scratch.numel():  # the first block is the largest; pages are touched once, not in every block
-                scratch = out.new_empty(2, n * lines * s)
-            logits, probabilities = (memory[: n * lines * s].view(n, lines, s) for memory in scratch)
+                scratch = out.new_empty(n * lines * s)
+            logits = scratch[: n * lines * s].view(n, lines, s)
             by_query = (n, group, lines // group, s)
             _logits(view, now, held, bias[at], temperature, logits)
             future = (positions[at] > asked_at[at, some])[:, None] if causal else None
             if future is not None:
                 logits.view(by_query).masked_fill_(future, _MASKED)
             further = None if sinks is None else sinks[at].expand(-1, -1, lines // group, -1).flatten(1, 2)
-            _softmax(logits, further, probabilities)
+            total = _powers(logits, further)
             if future is not None:  # a query older than every slot pays nothing
-                probabilities.view(by_query).masked_fill_(future, 0)
-            weighs = weights[at, :, some].repeat(1, 1, group)
+                logits.view(by_query).masked_fill_(future, 0)
+            # Queries are weighed and divided at once: their powers are read once more, and not written.
+            weighs = weights[at, :, some].repeat(1, 1, group) / total.mT
             if reduce == "max":
-                received_here.copy_(received_here.maximum(probabilities.mul_(weighs.mT).amax(1, keepdim=True)))
+                received_here.copy_(received_here.maximum(logits.mul_(weighs.mT).amax(1, keepdim=True)))
             else:
-                received_here.baddbmm_(weighs / group, probabilities)
+                received_here.baddbmm_(weighs / group, logits)
     return torch.where(chosen, out.view(b, h, s), 0)
 
 
 def _logits(view: View, asked: Tensor, keys: Tensor, bias: Tensor, temperature: float, out: Tensor) -> None:
-    """Write the logits of ``[N, Q, D]`` queries and ``[N, D, S]`` keys into ``out``."""
+    """Write the logits of ``[N, Q, D]`` queries and ``[N, D, S]`` keys into ``out``, over the logarithm of 2."""
     if view.softcap is None:
-        torch.baddbmm(bias.expand_as(out), asked, keys, alpha=view.scaling / temperature, out=out)
+        torch.baddbmm(bias.expand_as(out), asked, keys, alpha=view.scaling * LOG2_E / temperature, out=out)
         return
     torch.bmm(asked, keys, out=out)
-    out.mul_(view.scaling / view.softcap).tanh_().mul_(view.softcap / temperature).add_(bias)
+    out.mul_(view.scaling / view.softcap).tanh_().mul_(view.softcap * LOG2_E / temperature).add_(bias)
 
 
-def _softmax(logits: Tensor, sinks: Tensor | None, out: Tensor) -> None:
-    """Write the softmax over the last axis, with a further logit in each denominator if there is one."""
-    if sinks is None:
-        torch.softmax(logits, -1, out=out)
-        return
-    highest = torch.maximum(logits.amax(-1, keepdim=True), sinks)
-    torch.sub(logits, highest, out=out).exp_()
-    out.div_(out.sum(-1, keepdim=True) + torch.exp(sinks - highest))
+def _powers(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Replace logits by ``2 ** (logit - highest)``, and return their sums, ``[N, Q, 1]``, with a sink's where it is."""
+    highest = logits.amax(-1, keepdim=True)
+    if sinks is not None:
+        highest = torch.maximum(highest, sinks)
+    total = logits.sub_(highest).exp2_().sum(-1, keepdim=True)
+    return total if sinks is None else total + torch.exp2(sinks - highest)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.band import Band, Span
-from kvpolicy.compaction import moves, reorder_after
+from kvpolicy.compaction import moves, reorder_
 from kvpolicy.errors import BudgetError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
@@ -74,7 +74,7 @@ class RaggedStore(Store):
         self.values = torch.zeros(*lines, spec.value_dim, dtype=spec.dtype, device=spec.device)
         self.positions = torch.full(lines, -1, dtype=torch.int32, device=spec.device)
         self.order = torch.zeros(lines, dtype=torch.int32, device=spec.device)
-        self.budgets = self._first_budgets.expand(*lead, -1).clone()
+        self.budgets = self._first_budgets.expand(*lead, spec.num_heads).clone()
         self.held = torch.zeros_like(self.budgets)
         self._filled: dict[int, Tensor] = {}
         self._place()
@@ -119,16 +119,22 @@ class RaggedStore(Store):
         found = lines.index_select(0, table.flatten()).view(*table.shape, *lines.shape[1:])
         return torch.where(used.view(*used.shape, *[1] * (found.dim() - 3)), found, free)
 
-    def rows_of(self, index: int) -> slice:
-        """Return where the rows of a layer are among all ``layers * requests`` of them."""
-        return slice(index * len(self.rows), (index + 1) * len(self.rows))
-
     # What an eviction reads
 
     @property
     def longest(self) -> int:
         """Return the slots in use of the longest head."""
         return int(self.held.max())
+
+    @property
+    def slot_axes(self) -> tuple[int, ...]:
+        """Return the axis of lines, behind layers and requests."""
+        return (self.total,)
+
+    def of_head(self, x: Tensor, index: int, request: int, head: int) -> Tensor:  # type: ignore[override]
+        """Return the slots of one head of a tensor such as ``positions``."""
+        first = self._starts[index][request][head]
+        return x[index, request, first : first + int(self.budgets[index, request, head]) + self.slack]
 
     @property
     def widest(self) -> int:
@@ -302,9 +308,18 @@ class RaggedStore(Store):
         longest = self.held.amax((0, 2)).tolist()
         return [replace(row, length=length, settled=length) for row, length in zip(rows, longest, strict=True)]
 
+    def settled_positions(self) -> Tensor:
+        """Return ``positions`` as :meth:`settle` would leave them; modifies nothing."""
+        positions = self.positions.clone()
+        self._settle(positions.view(-1))
+        return positions
+
     def settle(self) -> None:
         """Write the positions of slots appended since the last eviction; modifies ``positions``."""
-        layers, positions = len(self.layers), self.positions.flatten()
+        self._settle(self.positions.view(-1))
+
+    def _settle(self, positions: Tensor) -> None:
+        layers = len(self.layers)
         ends = (self._first + self._used).view(layers, len(self.rows), -1)
         for r, row in enumerate(self.rows):
             new = torch.arange(row.length - row.settled, device=ends.device) - (row.length - row.settled)
@@ -317,7 +332,8 @@ class RaggedStore(Store):
         """Drop what ``keep`` does not name; see :meth:`Store.compact`: each head has holes and a tail of its own."""
         at = span.store
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
-        order = reorder_after(self.slots(at).order, keep.mask, source, target)
+        order = self.slots(at).order  # a copy
+        reorder_(order, keep.mask, kept, 0, source, target)
         first = self._first[at][..., None]
         source, target = (source + first).flatten(), (target + first).flatten()
         states = [t for held in band.state if held is not None for t in held.slots]
@@ -372,7 +388,8 @@ class RaggedStore(Store):
     def fork(self, requests: Sequence[int]) -> RaggedStore:
         """Return a new store whose rows are copies of some rows of this one; modifies nothing."""
         rows = [replace(self.rows[r]) for r in requests]
-        new = RaggedStore(self.bands[0].policy, self.plans[0], self.spec, self.layers, rows)
+        lse = self.window.lse is not None
+        new = RaggedStore(self.bands[0].policy, self.plans[0], self.spec, self.layers, rows, lse=lse)
         new._copy_rows(self, requests)
         return new
 

@@ -44,6 +44,14 @@ class Row:
             decoded=self.decoded + count if decoding else 0,
         )
 
+    def whole(self, newest: int) -> bool:
+        """Return whether nothing was evicted since the newest tokens were there, ``newest`` of them at most.
+
+        All that such a token saw is still in its slots. It is certain of tokens that the policy has
+        not seen yet, and of every token before the first eviction.
+        """
+        return self.evictions == 0 or min(newest, self.seen) <= self.length - self.settled
+
     def evicted(self, length: int, recent: int) -> Row:
         """Return this row after the policy has seen it and left ``length`` slots of it."""
         if length >= self.length:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.band import Band, Span, bands_of
-from kvpolicy.compaction import move_, moves, reorder_after
+from kvpolicy.compaction import move_, moves, reorder_
 from kvpolicy.errors import UsageError
 from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy, LayerPlan
@@ -53,6 +53,8 @@ class Store:
         layers: which layers of the model these are.
         rows: one record a request.
         drafts: tokens that may be taken back at once; the slots and the window hold as many more.
+        lse: keep the log-sum-exp of each query of the window, which the engine's kernel returns; see
+            :meth:`observe`.
 
     Attributes:
         plans: one a request.
@@ -76,6 +78,7 @@ class Store:
         layers: Sequence[int],
         rows: Sequence[Row],
         drafts: int = 0,
+        lse: bool = False,
     ) -> None:
         policies = policy if isinstance(policy, Sequence) else [policy] * len(rows)
         self.plans = tuple(plan) if isinstance(plan, Sequence) else (plan,) * len(rows)
@@ -90,7 +93,7 @@ class Store:
         with torch.inference_mode(False):  # a cache may outlive the mode in which it is made
             self._allocate(lead)
             query_dim = spec.query_dim or spec.head_dim
-            self.window = QueryWindow(*lead, spec.num_query_heads, size, query_dim, spec.dtype, device)
+            self.window = QueryWindow(*lead, spec.num_query_heads, size, query_dim, spec.dtype, device, lse)
             self.broken = torch.zeros(lead[0] * lead[1], dtype=torch.int64, device=device)
 
     def _allocate(self, lead: tuple[int, int]) -> None:
@@ -123,6 +126,20 @@ class Store:
         """Return the slots that a view of a row shows of each head."""
         return self.spec.capacity
 
+    @property
+    def slot_axes(self) -> tuple[int, ...]:
+        """Return the axes of slots, behind layers and requests."""
+        return self.spec.num_heads, self.spec.capacity
+
+    @staticmethod
+    def of_head(x: Tensor, index: int, request: int, head: int) -> Tensor:
+        """Return the slots of one head of a tensor such as ``positions``."""
+        return x[index, request, head]
+
+    def rows_of(self, index: int) -> slice:
+        """Return where the rows of a layer are among all ``layers * requests`` of them."""
+        return slice(index * len(self.rows), (index + 1) * len(self.rows))
+
     def column(self, name: str) -> Tensor:
         """Return one count of every row, ``[requests]`` int64 on the store's device."""
         return on_device([getattr(row, name) for row in self.rows], self.spec.device)
@@ -139,8 +156,7 @@ class Store:
             *self.arenas,
             self.positions,
             self.order,
-            self.window.queries,
-            self.window.positions,
+            *self.window.tensors(),
             *held,
         ]
 
@@ -149,7 +165,8 @@ class Store:
 
         For each layer and request, with ``C`` slots, ``e`` bytes an element and a window of ``W``:
         ``H * C * (D + Dv) * e`` for keys and values, ``8 * H * C`` for positions and order,
-        ``Hq * W * D * e + 4 * W`` for the window where there is one, and what the stages remember.
+        ``Hq * W * D * e + 4 * W`` for the window where there is one, ``4 * Hq * W`` more (twice that
+        for a float64 cache) where it holds log-sum-exps, and what the stages remember.
         Counters, a few integers a row, are not counted.
         """
         return sum(t.numel() * t.element_size() for t in self.tensors())
@@ -157,7 +174,7 @@ class Store:
     def kept(self) -> dict[int, Tensor]:
         """Return the kept positions of each layer, ascending, -1 behind the last: a copy on the host."""
         self.settle()
-        return dict(zip(self.layers, self.in_order().cpu(), strict=True))
+        return {layer: self.in_order(index).cpu() for index, layer in enumerate(self.layers)}
 
     # What an eviction reads
 
@@ -194,11 +211,11 @@ class Store:
         size = self.longest + more
         return self.keys[index, :, :, :size], self.values[index, :, :, :size]
 
-    def in_order(self) -> Tensor:
-        """Return the positions of the slots in use, ascending: ``[layers, requests, H, S]``, -1 behind the last."""
-        slots = self.slots(slice(None))
-        order = slots.order[..., : self.longest].to(torch.int64)
-        return _by_layer(slots.positions.gather(-1, order), len(self.layers))
+    def in_order(self, index: int) -> Tensor:
+        """Return the positions of a layer's slots in use, ascending: ``[requests, H, S]``, -1 behind the last."""
+        at = self.rows_of(index)
+        slots, longest = self.slots(at), int(self.lengths()[at].max())
+        return slots.positions.gather(-1, slots.order[..., :longest].to(torch.int64))
 
     def state_of(self, band: Band, span: Span) -> State:
         """Return what a policy remembers of some rows, its slots in the places of :meth:`slots`."""
@@ -314,9 +331,21 @@ class Store:
                 for held, given in zip(held_stage.rows, new.rows, strict=True):
                     held[here].copy_(given)
 
-    def observe(self, index: int, queries: Tensor, counts: Sequence[int]) -> None:
-        """Write the newest queries of one layer, ``[requests, Hq, T, D]``; :meth:`advance` makes them count."""
-        self.window.write(index, queries, counts)
+    def observe(self, index: int, queries: Tensor, counts: Sequence[int], lse: Tensor | None = None) -> None:
+        """Write the newest queries of one layer; :meth:`advance` makes them count.
+
+        Args:
+            index: the layer, counted within this store.
+            queries: ``[requests, Hq, T, D]``, left-padded.
+            counts: new queries of each row, which are the last columns.
+            lse: ``[requests, Hq, T]``, for a store that holds it: the natural logarithm of the sum of
+                ``exp(logit)`` over all that each query saw, its own token, what was not evicted
+                before, and the sink logit among it; scaled and capped as the model's logits are.
+
+        Raises:
+            UsageError: a store that holds log-sum-exps is given none, or the reverse.
+        """
+        self.window.write(index, queries, counts, lse)
 
     def advance(self, rows: Sequence[Row]) -> None:
         """Make what was written to every layer count.
@@ -330,6 +359,13 @@ class Store:
         self._ends = None
 
     # Evicting
+
+    def settled_positions(self) -> Tensor:
+        """Return ``positions`` as :meth:`settle` would leave them; modifies nothing."""
+        slots = torch.arange(self.spec.capacity, device=self.spec.device)
+        length, settled, seen = (self.column(name)[:, None, None] for name in ("length", "settled", "seen"))
+        new = (slots >= settled) & (slots < length)
+        return torch.where(new, (slots + seen - length).to(self.positions.dtype), self.positions)
 
     def settle(self) -> None:
         """Write the positions of slots appended since the last eviction.
@@ -358,13 +394,13 @@ class Store:
             limit: the largest ``lengths - kept``, known on the host.
         """
         at = span.store
-        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at][..., : keep.mask.shape[-1]]
+        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
-        order.copy_(reorder_after(order, keep.mask, source, target))
         self._move(at, source, target)
         held = [t[span.band] for t in band.slots()]
         move_([positions, *held], source, target)
         first, last = max(0, min(row.length for row in self.rows) - limit), self.longest
+        reorder_(order[..., :last], keep.mask[..., :last], kept, first, source, target)
         free = torch.arange(first, last, device=positions.device) >= kept[..., None]
         positions[..., first:last].masked_fill_(free, -1)
         for tensor in held:  # the next token of a slot begins with nothing
@@ -475,7 +511,7 @@ class Store:
         plans, rows = [self.plans[r] for r in requests], [replace(self.rows[r]) for r in requests]
         capacity = max(plan.capacity for plan in plans) + self.drafts
         spec = replace(self.spec, capacity=capacity)
-        new = Store(policies, plans, spec, self.layers, rows, self.drafts)
+        new = Store(policies, plans, spec, self.layers, rows, self.drafts, self.window.lse is not None)
         new._copy_rows(self, requests)
         return new
 

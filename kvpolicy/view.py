@@ -87,7 +87,12 @@ class View:
         max_budget: the largest budget, known on the host.
         max_victims: the largest number of slots that a head must lose, known on the host.
         queries: ``[B, Hq, W, D]``, the observation window, oldest first, or None.
-        query_positions: ``[B, W]`` int32, -1 where absent, or None.
+        query_positions: ``[B, W]`` int32, -1 where absent, or None. Those present are the row's last
+            tokens, and the last of the window.
+        lse: ``[B, Hq, W]`` float32 (float64 for a float64 cache), the log-sum-exp of each query's
+            logits over every slot that is not newer, and the sink logit where there is one; anything
+            where the query is absent. None where the engine does not tell, or where something was
+            evicted since one of the queries was asked.
         num_layers: layers of the model.
         num_heads: KV heads of the model, more than ``H`` under tensor parallelism.
         head_offset: the global index of head 0.
@@ -120,6 +125,7 @@ class View:
     max_victims: int
     queries: Tensor | None = None
     query_positions: Tensor | None = None
+    lse: Tensor | None = None
     num_layers: int = 1
     num_heads: int = 1
     head_offset: int = 0

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import UsageError
 from kvpolicy.host import on_device
 
-__all__ = ["QueryWindow", "oldest_first"]
+__all__ = ["QueryWindow", "oldest_first", "unrolled"]
 
 
 class QueryWindow:
@@ -18,6 +19,8 @@ class QueryWindow:
     Attributes:
         queries: ``[layers, requests, Hq, W, D]``, a ring.
         positions: ``[layers, requests, W]`` int32, the position of each query, -1 where absent.
+        lse: ``[layers, requests, Hq, W]`` float32 (float64 beside float64 queries), a ring: the
+            log-sum-exp of each query over all that it saw; None where the engine does not tell.
         at: where the next query of each request goes.
     """
 
@@ -30,10 +33,15 @@ class QueryWindow:
         dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        lse: bool = False,
     ) -> None:
         self.size = size
         self.queries = torch.zeros(layers, requests, heads, size, dim, dtype=dtype, device=device)
         self.positions = torch.full((layers, requests, size), -1, dtype=torch.int32, device=device)
+        self.lse: Tensor | None = None
+        if lse:
+            kept = torch.float64 if dtype == torch.float64 else torch.float32
+            self.lse = torch.zeros(layers, requests, heads, size, dtype=kept, device=device)
         self.at = [0] * requests
 
     @property
@@ -53,28 +61,46 @@ class QueryWindow:
         if self.size:
             self.at = [(max(counts) - count) % self.size for count in counts]
 
-    def write(self, index: int, queries: Tensor, counts: Sequence[int]) -> None:
+    def write(self, index: int, queries: Tensor, counts: Sequence[int], lse: Tensor | None = None) -> None:
         """Write the newest queries of one layer; :meth:`advance` makes them count.
 
         Args:
             index: the layer, counted within the store.
             queries: ``[requests, Hq, T, D]``, left-padded.
             counts: new queries of each request, the last columns.
+            lse: ``[requests, Hq, T]``, of these queries; None where the window holds none.
+
+        Raises:
+            UsageError: the window holds log-sum-exps and none are given, or the reverse; nothing
+                was written.
         """
         if not self.size:
             return
-        width, ring = queries.shape[2], self.queries[index]
+        if (lse is None) != (self.lse is None):
+            raise UsageError(
+                "queries came without their log-sum-exp, which the window holds: pass observe(..., lse=lse) at every "
+                "step, or make Store(..., lse=False)"
+                if lse is None
+                else "queries came with a log-sum-exp, for which the window has no place: make Store(..., lse=True)"
+            )
+        self._write(self.queries[index], queries, counts)
+        if lse is not None and self.lse is not None:
+            self._write(self.lse[index], lse, counts)
+
+    def _write(self, ring: Tensor, given: Tensor, counts: Sequence[int]) -> None:
+        """Write ``[requests, Hq, T, ...]`` into a ring ``[requests, Hq, W, ...]``."""
+        width = given.shape[2]
         if width == 1 and self.uniform and all(counts):
-            ring[:, :, self.at[0] : self.at[0] + 1].copy_(queries)
+            ring[:, :, self.at[0] : self.at[0] + 1].copy_(given)
             return
         if width == 1 and all(counts):
             requests, at = torch.arange(len(self.at), device=ring.device), on_device(self.at, ring.device)
-            ring[requests, :, at] = queries[:, :, 0]
+            ring[requests, :, at] = given[:, :, 0].to(ring.dtype)
             return
         for r, count in enumerate(counts):
             kept = min(count, self.size)
             places = self._places(r, count, kept)
-            ring[r].index_copy_(1, places, queries[r, :, width - kept :])
+            ring[r].index_copy_(1, places, given[r, :, width - kept :].to(ring.dtype))
 
     def after(self, counts: Sequence[int], seen: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Return positions ``[requests, W]`` and ``at`` as they are once new queries count.
@@ -126,19 +152,24 @@ class QueryWindow:
 
         Of a larger window, the newest queries are taken.
         """
-        queries, positions = source.queries.index_select(1, requests), source.positions.index_select(1, requests)
-        at = [source.at[r] for r in requests.tolist()]
-        if self.size < source.size:
-            queries, positions = oldest_first(queries, positions, at)
-            first = source.size - self.size
-            queries, positions, at = queries[:, :, :, first:], positions[:, :, first:], [0] * len(at)
-        self.queries.copy_(queries)
-        self.positions.copy_(positions)
-        self.at = at
+        at, first = [source.at[r] for r in requests.tolist()], source.size - self.size
+        pairs = [(self.queries, source.queries, -4, -2), (self.positions, source.positions, -2, -1)]
+        if self.lse is not None and source.lse is not None:
+            pairs.append((self.lse, source.lse, -3, -1))
+        for mine, theirs, request_axis, axis in pairs:
+            named = theirs.index_select(1, requests)
+            if first > 0:
+                named = unrolled(named, at, request_axis, axis).narrow(axis, first, self.size)
+            mine.copy_(named)
+        self.at = [0] * len(at) if first > 0 else at
+
+    def tensors(self) -> list[Tensor]:
+        """Return queries and positions, and log-sum-exps where there are any."""
+        return [self.queries, self.positions, *([] if self.lse is None else [self.lse])]
 
     def nbytes(self) -> int:
-        """Return the bytes of queries and positions."""
-        return sum(t.numel() * t.element_size() for t in (self.queries, self.positions))
+        """Return the bytes of queries, positions and log-sum-exps."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def reset(self) -> None:
         """Forget every query."""
@@ -154,14 +185,24 @@ def oldest_first(queries: Tensor, positions: Tensor, at: Sequence[int]) -> tuple
         positions: ``[..., requests, W]``.
         at: where the next query of each request goes, which is where its oldest is.
     """
+    return unrolled(queries, at, -4, -2), unrolled(positions, at, -2, -1)
+
+
+def unrolled(ring: Tensor, at: Sequence[int], request_axis: int, axis: int) -> Tensor:
+    """Return a ring, oldest first.
+
+    Args:
+        ring: any tensor of the window.
+        at: where the next query of each request goes.
+        request_axis: the axis of requests, counted from the end.
+        axis: the axis of the window's places, counted from the end.
+    """
     if not any(at):
-        return queries, positions
+        return ring
     if len(set(at)) == 1:
-        return queries.roll(-at[0], -2), positions.roll(-at[0], -1)
-    size = queries.shape[-2]
-    start = on_device(at, queries.device)
-    places = (start[:, None] + torch.arange(size, device=start.device)) % size
-    return (
-        queries.gather(-2, places[:, None, :, None].expand(queries.shape)),
-        positions.gather(-1, places.expand(positions.shape)),
-    )
+        return ring.roll(-at[0], axis)
+    size, shape = ring.shape[axis], [1] * ring.dim()
+    shape[request_axis], shape[axis] = len(at), size
+    start = on_device(at, ring.device)
+    places = (start[:, None] + torch.arange(size, device=ring.device)) % size
+    return ring.gather(axis, places.view(shape).expand(ring.shape))

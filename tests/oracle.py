@@ -6,6 +6,7 @@ order is sorted anew, and attention is written out over all tokens ever seen.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Layer:
     state: Any
     evictions: list[int]
     told: int = 0  # columns that the policy has seen
+    budgets: Tensor = field(default_factory=lambda: torch.zeros(0))  # [R, H]
 
 
 @dataclass
@@ -185,13 +187,21 @@ class Oracle:
         interval = plan.interval
         at_interval = interval is not None and self.decoded // interval > self.settled // interval
         turn = not self.decoding and not self.turn_done
-        length = held.alive[:, 0].sum(-1)
-        due = length > plan.budget
+        length = held.alive.sum(-1)
+        if not len(held.budgets):
+            held.budgets = torch.tensor(plan.heads or (plan.budget,)).expand_as(length)
+        due = (length > held.budgets).any(-1)
         if not (at_interval or turn) or not (due.any() or "every_query" in self.policy.needs):
             return
         view = self.view(index, held, keys, values, plan, due, kwargs)
+        again = torch.tensor([not n or (plan.refresh is not None and n % plan.refresh == 0) for n in held.evictions])
+        sharing = due & again if plan.shared else torch.zeros_like(due)
+        if sharing.any():
+            most = int(length.max())
+            view = dataclasses.replace(view, sharing=sharing, max_budget=most, max_victims=most)
         state = self.state(held, view, plan)
         keep, state = self.policy.select(view, state)
+        held.budgets = torch.where(sharing[:, None], keep.mask.sum(-1), held.budgets)
         held.told = keys.shape[2]
         held.state = state
         held.alive = held.alive & keep.mask
@@ -214,7 +224,8 @@ class Oracle:
         positions = torch.where(held.alive, held.positions[:, None].expand(-1, heads, -1), -1)
         order = torch.argsort(torch.where(held.alive, positions, 2**30), dim=-1, stable=True)
         length = held.alive.sum(-1)
-        budget = torch.where(due[:, None], plan.budget, length)
+        goal = held.budgets if len(held.budgets) else torch.full_like(length, plan.budget)
+        budget = torch.where(due[:, None], goal, length)
         queries, at = held.queries, held.query_positions
         if plan.window:  # the newest of each row, absent where it has fewer
             pick = torch.argsort(at, dim=1, stable=True)[:, -plan.window :]

@@ -177,7 +177,8 @@ def turn(
         query: ``[B, Hq, T, D]``.
         key: ``[B, H, S_old + T, D]``.
         value: ``[B, H, S_old + T, Dv]``.
-        visible: ``[B, 1, 1, S_old]`` bool, the slots in use, or None where there are none.
+        visible: ``[B, 1, 1, S_old]`` bool, the slots in use, or None where there are none; query heads for 1 where
+            they differ.
         mask: ``[B, 1, T, T]``, what transformers made for the new tokens, or None for causal.
         **kwargs: what transformers passed.
     """
@@ -188,7 +189,7 @@ def turn(
         new = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().expand(b, 1, -1, -1)
     else:
         new = mask if mask.dtype == torch.bool else mask >= 0
-    seen = torch.cat([visible.expand(-1, -1, width, -1), new], -1)
+    seen = torch.cat([visible.expand(-1, -1, width, -1), new.expand(-1, visible.shape[1], -1, -1)], -1)
     whole = seen if original == "sdpa" else additive(seen, query.dtype)
     return function(module, query, key, value, whole, **kwargs)
 

@@ -108,7 +108,7 @@ def survey(model: nn.Module, *, static: bool = False) -> Survey:
     for i in evicting:
         devices.setdefault(homes.get(i, model.device), []).append(i)
     groups = {device: tuple(group) for device, group in devices.items()}
-    heads = getattr(config, "num_key_value_heads", None)
+    heads = config.to_dict().get("num_key_value_heads")  # some families have one number a layer
     heads = heads if isinstance(heads, int) and not latents_of(decoder) else None
     return Survey(layers, evicting, skipped, groups, ranks_of(model), latents_of(decoder), _sharing(decoder), heads)
 

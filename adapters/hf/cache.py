@@ -36,8 +36,9 @@ class EvictionCache(Passes):
     While bound, the model uses an attention function of kvpolicy; with an ordinary cache, or none,
     it gives what it gave before. Leaving a ``with`` block, or :meth:`unbind`, restores the model.
 
-    Only full-attention layers evict; sliding-window and linear layers are left alone. The prompt
-    is attended in full: a prompt beyond the capacity exists for one layer at a time.
+    Only full-attention layers evict; sliding-window and linear layers are left alone. So is a layer
+    to which the policy gives no budget: it keeps every token, and its memory grows. The prompt is
+    attended in full: a prompt beyond the capacity exists for one layer at a time.
 
     Args:
         model: a decoder of transformers.
@@ -126,7 +127,7 @@ class EvictionCache(Passes):
                 f"{', '.join(map(str, alone))}; leave static out, or give them a budget beyond the longest text"
             )
         self.skipped = {**found.skipped, **dict.fromkeys(alone, "left alone by the policy")}
-        self.groups = [
+        groups = [
             Group(
                 tuple(same),
                 plans,
@@ -139,8 +140,7 @@ class EvictionCache(Passes):
             for device, group in found.groups.items()
             for plans, same in planning.by_plan(group, by_layer)
         ]
-        self.groups.sort(key=lambda group: not group.evicts)
-        self._group_of = {layer: group for group in self.groups for layer in group.layers}
+        self.hold(sorted(groups, key=lambda group: not group.evicts))
         layers: list[Any] = [
             EvictionLayer(self, i) if i in self._group_of else layer for i, layer in enumerate(found.layers)
         ]
@@ -204,8 +204,7 @@ class EvictionCache(Passes):
             raise UsageError("this EvictionCache was unbound; fork it before its with block ends")
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        new.groups = [group.fork(named) for group in self.groups]
-        new._group_of = {layer: group for group in new.groups for layer in group.layers}
+        new.hold([group.fork(named) for group in self.groups])
         new.layers = [
             EvictionLayer(new, i) if i in new._group_of else others.copied(layer, named, count)
             for i, layer in enumerate(self.layers)

@@ -68,6 +68,11 @@ class Group:
         """Return the place of a layer in the store."""
         return self.layers.index(layer)
 
+    def part(self, layers: Sequence[int]) -> Group:
+        """Return an empty group of some of these layers."""
+        latents = {layer: latent for layer, latent in self.latents.items() if layer in layers}
+        return replace(self, layers=tuple(layers), latents=latents, store=None, logits={}, unsettled=None, static=None)
+
     def fork(self, requests: Sequence[int]) -> Group:
         """Return a group of the same layers whose rows are copies of some of these."""
         plans = tuple(self.plans[r] for r in requests) if len(self.plans) > 1 else self.plans

@@ -131,6 +131,10 @@ class Passes(Cache, binding.Evicting):
             columns.append(given or [0] * requests)
         return list(zip(*columns, strict=True))
 
+    def hold(self, groups: list[Group]) -> None:
+        """Let these groups be what is held."""
+        self.groups, self._group_of = groups, {layer: group for group in groups for layer in group.layers}
+
     def holds(self, layer: int) -> bool:
         """Return whether a layer's tokens are held here, and not in a layer of transformers."""
         return layer in self._group_of

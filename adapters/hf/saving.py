@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -164,9 +165,11 @@ def _policies(
 
 
 def _fill(cache: EvictionCache, path: Any, what: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    plans = [[dataclasses.asdict(plan) for plan in group.plans] for group in cache.groups]
-    if [list(group.layers) for group in cache.groups] != [held["layers"] for held in what["groups"]]:
+    groups = _grouped(cache.groups, [held["layers"] for held in what["groups"]])
+    if groups is None:
         raise UsageError(f"{path} holds layers that were on other devices: load the model as it was, then the cache")
+    cache.hold(groups)
+    plans = [[dataclasses.asdict(plan) for plan in group.plans] for group in cache.groups]
     if plans != [held["plans"] for held in what["groups"]]:
         raise UsageError(
             f"{path} was saved with {[held['plans'] for held in what['groups']]}, and the plan is now {plans}"
@@ -187,6 +190,17 @@ def _fill(cache: EvictionCache, path: Any, what: dict[str, Any], tensors: dict[s
     last = what["last"]
     last = torch.tensor(last, device=cache.model.device) if isinstance(last, list) else last
     cache.continue_at(what["columns"], last)
+
+
+def _grouped(groups: Sequence[Group], layers: list[list[int]]) -> list[Group] | None:
+    """Return groups of these layers, parts of those given, or None where a group would cross two of them.
+
+    A fork of some rows keeps groups apart that a cache made for these rows alone holds together.
+    """
+    if sorted(itertools.chain(*layers)) != sorted(layer for group in groups for layer in group.layers):
+        return None
+    found = [group.part(some) for some in layers for group in groups if {*some} <= {*group.layers}]
+    return found if len(found) == len(layers) else None
 
 
 def _read(cache: EvictionCache, group: Group, held: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Store:

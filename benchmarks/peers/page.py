@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Cell, text
-from benchmarks.timing import Ratio
+from benchmarks.markdown import blocks, table
 
-__all__ = ["PAGE", "RESULTS", "filled", "table"]
+__all__ = ["PAGE", "RESULTS", "filled"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/benchmarks-peers.md"
-
-BLOCK = re.compile(r"(?P<begin><!-- results: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, results: Path = RESULTS) -> str:
@@ -27,26 +23,11 @@ def filled(page: str, results: Path = RESULTS) -> str:
         results: folder of ``cpu-peers-NAME.json``, as ``python -m benchmarks.peers NAME --json`` writes them.
     """
 
-    def block(match: re.Match[str]) -> str:
-        name = match["name"]
+    def block(name: str) -> str:
         found = json.loads((results / f"cpu-peers-{name}.json").read_text("utf-8"))
-        return f"{match['begin']}\n{table(found['sections'][name])}\n\n{_run(found['environment'])}\n\n{match['end']}"
+        return f"{table(found['sections'][name])}\n\n{_run(found['environment'])}"
 
-    return BLOCK.sub(block, page)
-
-
-def table(section: dict[str, Any]) -> str:
-    """Return a section's title and rows as Markdown; columns that hold numbers lean to the right."""
-    rows = [{name: _cell(cell) for name, cell in row.items()} for row in section["rows"]]
-    names = list(rows[0])
-    rule = ["---" if all(isinstance(row[name], str) for row in rows) else "---:" for name in names]
-    lines = [names, rule, *([text(row[name]) for name in names] for row in rows)]
-    title = section["title"][0].upper() + section["title"][1:]
-    return "\n".join([f"{title}.", "", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def _cell(cell: Any) -> Cell:
-    return Ratio(**cell) if isinstance(cell, dict) else cell
+    return blocks(page, block)
 
 
 def _run(environment: dict[str, Any]) -> str:

@@ -80,6 +80,9 @@ class Attention(Scorer):
             causal=causal,
             temperature=self.temperature,
             reduce=self.reduce,
+            # Over the candidates alone, a probability is another one, and its sum nobody knows: the kernel's
+            # holds the recent tokens, too. A pass to sum and one to divide would cost two products.
+            lse=newest_lse(view, self.window) if self.over == "all" else None,
         )
         if self.pool > 1:
             amount = smooth(amount, view.order, count, self.pool)
@@ -134,7 +137,17 @@ class AccumulatedAttention(Scorer):
         queries, positions = newest(view, self.window)
         first = view.seen - (view.fresh >= 0).sum(-1)[:, 0]
         new = (positions >= first[:, None]).to(view.compute_dtype)
-        added = received(view, queries, positions, view.valid, new, causal=True, temperature=1.0, reduce="mean")
+        added = received(
+            view,
+            queries,
+            positions,
+            view.valid,
+            new,
+            causal=True,
+            temperature=1.0,
+            reduce="mean",
+            lse=newest_lse(view, self.window),
+        )
         return StageState((state.slots[0] + added.to(torch.float32),))
 
     def score(self, view: View, state: StageState | None) -> Scores:
@@ -175,6 +188,7 @@ class LastQuery(Scorer):
             causal=True,
             temperature=1.0,
             reduce="mean",
+            lse=newest_lse(view, 1),
         )
         # Every rank adds the heads in the same order: decisions agree to the last bit.
         amount, positions, order = (view.gather_heads(t) for t in (amount, view.positions, view.order))
@@ -187,6 +201,11 @@ def newest(view: View, window: int) -> tuple[Tensor, Tensor]:
     assert view.queries is not None
     assert view.query_positions is not None
     return view.queries[:, :, -window:], view.query_positions[:, -window:]
+
+
+def newest_lse(view: View, window: int) -> Tensor | None:
+    """Return the log-sum-exp of the newest ``window`` queries of a view, over all slots, where it is known."""
+    return None if view.lse is None else view.lse[:, :, -window:]
 
 
 def sum_over_heads(amount: Tensor, positions: Tensor, order: Tensor, wanted: Tensor) -> Tensor:

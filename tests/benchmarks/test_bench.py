@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from benchmarks.__main__ import SECTIONS, main
+from benchmarks.compaction import bytes_to_move
+from benchmarks.eviction import Evictions
+from benchmarks.gather import Pair
+from benchmarks.lse import Asked
 from benchmarks.memory import peak_bytes
+from benchmarks.roofline import bytes_touched
+from benchmarks.stores import Shape
 from benchmarks.timing import ratio, take_turns
 
 
@@ -58,6 +64,37 @@ def test_both_dtypes_are_evicted_and_something_moves(found: dict[str, Any]) -> N
 def test_an_eviction_stays_within_its_workspace(found: dict[str, Any]) -> None:
     """Bytes are exact, unlike times."""
     assert all(target["holds"] for target in found["sections"]["memory"]["targets"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathering_decides_as_kvpolicy_does(dtype: torch.dtype) -> None:
+    pair = Pair(320, Shape(heads=2, group=2, dim=16, dtype=dtype), tau=0)
+    for _ in range(3):
+        pair.ours()
+        pair.theirs()
+        kept = pair.store.positions[0, :, :, : pair.budget].sort(-1).values
+        assert torch.equal(kept, pair.gathering.positions[:, :, : pair.budget].to(torch.int32))
+        assert kept[0, 0].tolist() != list(range(pair.budget)), "nothing had to go"
+        at = pair.store.order[0, :, :, : pair.budget].to(torch.int64)[..., None].expand(-1, -1, -1, 16)
+        assert torch.equal(pair.store.keys[0].gather(2, at), pair.gathering.keys[:, :, : pair.budget])
+        assert torch.equal(pair.store.values[0].gather(2, at), pair.gathering.values[:, :, : pair.budget])
+
+
+def test_both_ways_to_ask_give_the_same() -> None:
+    asked = Asked(200, Shape(heads=2, group=2, dim=16))
+    assert torch.allclose(asked.received(asked.lse), asked.received(None), rtol=0, atol=1e-6)
+    assert not torch.allclose(asked.received(asked.lse + 0.1), asked.received(None), rtol=0, atol=1e-4)
+
+
+def test_what_must_be_touched_is_counted() -> None:
+    evictions = Evictions(256, Shape(heads=2, group=2, dim=16), layers=3)
+    evictions()
+    assert evictions.store.spec.capacity == 256
+    moved = evictions.laps.moved
+    assert 0 < moved <= 3 * 2 * 64
+    rows = moved * (2 * 16 * 4 + 4 + 4) + 3 * 2 * 192 * 4  # the order of those that stay
+    assert bytes_to_move(evictions.store, moved) == rows
+    assert bytes_touched(evictions.store, moved, 64) == 2 * 256 * 16 * 4 + 2 * 64 * 16 * 4 + 2 * rows
 
 
 def test_a_long_run_keeps_its_slots(found: dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from benchmarks import models
+from benchmarks.markdown import table
 from benchmarks.peers import kept, reference
 from benchmarks.peers.__main__ import SECTIONS, main
 from benchmarks.peers.entrants import Sizes, kvpress
-from benchmarks.peers.page import PAGE, RESULTS, filled, table
+from benchmarks.peers.page import PAGE, RESULTS, filled
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -25,6 +25,7 @@ from kvpolicy import (
     LastQuery,
     Leverage,
     Normalize,
+    PerLayer,
     Policy,
     Sinks,
     Stochastic,
@@ -46,6 +47,7 @@ CASES = {
     "snapkv": Policy(Attention(16, over="all") >> TopK(24), interval=None, recent=8),
     "h2o": Policy(AccumulatedAttention(16) >> TopK(24), interval=8, recent=8),
     "tova": Policy(LastQuery() >> TopK(24), interval=8, recent=8),
+    "alone": Policy(Attention(16) >> Stochastic() >> TopK(PerLayer((24, None, 20))), interval=8, recent=8),
     # Heads hold different tokens, and one of them is asked for what all have at its positions.
     "apart": Policy(
         maximum(LastQuery() >> Normalize("z"), ValueNorm("l2") >> Normalize("z")) >> Stochastic() >> TopK(24),

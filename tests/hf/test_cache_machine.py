@@ -16,14 +16,27 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvpolicy import Policy, UsageError
+from kvpolicy import Allocator, PerLayer, Policy, Pyramid, UsageError
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.adapters.hf.compat import ANNOUNCES_DRAFTS
 from tests.hf.zoo import zoo
 from tests.models import sharpen
 from tests.oracle import Oracle
 
-POLICIES = [zoo(8, interval=3, recent=3, window=4)[name] for name in ("vase", "h2o", "tova", "random_eviction")]
+
+def policies(*budgets: int | Allocator) -> list[Policy]:
+    """Return some methods with each of these budgets."""
+    names = ("vase", "h2o", "tova", "random_eviction")
+    return [zoo(budget, interval=3, recent=3, window=4)[name] for budget in budgets for name in names]
+
+
+#: What rows of one batch follow: they leave the same layers alone.
+TOGETHER = [
+    policies(8),
+    policies(8, PerLayer((8, 11)), Pyramid(9, 2)),
+    policies(PerLayer((None, 8))),
+    policies(PerLayer((8, None)), PerLayer((11, None))),
+]
 KINDS = st.integers(0, 2**32 - 1)
 History = list[tuple[Tensor, int]]  # tokens of one pass, and how many were taken back
 
@@ -49,7 +62,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(rows=st.integers(1, 3), drafts=st.sampled_from([0, 0, 2] if ANNOUNCES_DRAFTS else [0]), data=st.data())
     def begin(self, rows: int, drafts: int, data: st.DataObject) -> None:
-        self.policies: list[Policy] = [data.draw(st.sampled_from(POLICIES)) for _ in range(rows)]
+        together = data.draw(st.sampled_from(TOGETHER))
+        self.policies: list[Policy] = [data.draw(st.sampled_from(together)) for _ in range(rows)]
         self.seeds = [data.draw(st.integers(0, 2)) for _ in range(rows)]
         self.drafts = drafts
         self.cache = EvictionCache(model(), self.policies, seeds=self.seeds, max_draft_tokens=drafts)

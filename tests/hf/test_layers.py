@@ -368,3 +368,16 @@ def test_static_slots_of_budgets_that_differ() -> None:
         expected = decode(model, cache, text(1, 40, 1))
         assert (decode(model, static, text(1, 40, 1)) - expected).abs().max() <= 1e-9
         same_kept(static.receipt(), cache.receipt())
+
+
+def test_a_fork_of_some_rows_is_saved_in_the_groups_that_it_has(tmp_path: Path) -> None:
+    model, rows = tiny("llama", torch.float64), [vase(PerLayer((24, 24, None))), vase(PerLayer((24, 40, None)))]
+    with EvictionCache(model, rows) as cache:
+        model(text(2, 40), past_key_values=cache)
+        fork = cache.fork([0])  # its layers 0 and 1 have one plan now
+        fork.save(tmp_path / "fork.safetensors")
+        loaded = EvictionCache.load(tmp_path / "fork.safetensors", model)
+        assert torch.equal(decode(model, loaded, text(1, 30, 9)), decode(model, fork, text(1, 30, 9)))
+        same_kept(loaded.receipt(), fork.receipt())
+        fork.unbind()
+        loaded.unbind()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvpolicy import (
     AccumulatedAttention,
+    Allocator,
     Attention,
     Constant,
     KeyDifference,
@@ -24,7 +25,7 @@ from kvpolicy import (
 )
 
 
-def zoo(budget: int, *, interval: int = 8, recent: int = 8, window: int = 16) -> dict[str, Policy]:
+def zoo(budget: int | Allocator, *, interval: int = 8, recent: int = 8, window: int = 16) -> dict[str, Policy]:
     """Return each method with the same budget, interval and recent tokens."""
     chains = {
         "vase": Attention(window) >> ValueGuard(sinks=2) >> Stochastic() >> TopK(budget),

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.integrity import settled_positions
 from kvpolicy.policy import EvictionPolicy, ModelSpec, Plan
 from kvpolicy.scores import Keep
 from kvpolicy.store import Store
@@ -175,7 +174,7 @@ class CacheModel:
         assert next(rows, None) is None, "the policy was not asked about every row"
 
     def check(self, store: Store) -> None:
-        positions = settled_positions(store)
+        positions = store.settled_positions()
         for index, layer in enumerate(self.rows):
             for request, row in enumerate(layer):
                 row.check(store, index, request, positions)

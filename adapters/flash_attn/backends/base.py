@@ -102,9 +102,9 @@ class Backend(ABC):
         checks.aligned(given if k is None or v is None else {**given, "k": k, "v": v}, TABLE[self.name].align)
         if self.check_lengths:
             checks.kvcache_lengths(cache_seqlens, 0 if k is None else k.shape[1], k_cache, block_table)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        factor: float = q.shape[-1] ** -0.5 if scale is None else scale
         out, lse = self._with_kvcache(
-            q, k_cache, v_cache, k, v, cache_seqlens, block_table, scale, causal, softcap, return_lse
+            q, k_cache, v_cache, k, v, cache_seqlens, block_table, factor, causal, softcap, return_lse
         )
         return (out, lse) if return_lse else out
 
@@ -167,10 +167,10 @@ class Backend(ABC):
         checks.aligned({"q": q, "k": k, "v": v}, TABLE[self.name].align)
         if self.check_lengths:
             checks.varlen_lengths(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, block_table)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        factor: float = q.shape[-1] ** -0.5 if scale is None else scale
         out, lse = self._varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, block_table,
-            scale, causal, softcap, return_lse,
+            factor, causal, softcap, return_lse,
         )  # fmt: skip
         return (out, lse) if return_lse else out
 

@@ -15,7 +15,7 @@ __all__ = ["FEATURES", "TABLE", "Features", "Request", "lacking", "markdown_rows
 #: Every word that ``needs`` may hold, and what it means.
 FEATURES: Mapping[str, str] = {
     "dense": "caches of one tensor `[B, S, Hkv, D]`",
-    "strided": "any strides whose last is 1",
+    "strided": "transposed and cut views whose last stride is 1",
     "paged": "caches of pages with a `block_table`",
     "row_lengths": "a length per row, in a tensor",
     "varlen": "sequences packed behind each other",

@@ -1,0 +1,1 @@
+"""What real kernels do: correctness, evictions and decoding on a CUDA device, within a few minutes."""
