@@ -78,14 +78,14 @@ def _check_tensors(store: Store) -> None:
         ),
         ("window.positions", window.positions, (*lead, size), torch.int32),
     ]
+    if window.lse is not None:
+        precise = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        expected.append(("window.lse", window.lse, (*lead, spec.num_query_heads, size), precise))
     if store.arenas:  # else keys and values are somebody else's
         expected += [
             ("keys", store.keys, (*slots, spec.head_dim), spec.dtype),
             ("values", store.values, (*slots, spec.value_dim), spec.dtype),
         ]
-    if window.lse is not None:
-        precise = torch.float64 if spec.dtype == torch.float64 else torch.float32
-        expected.append(("window.lse", window.lse, (*lead, spec.num_query_heads, size), precise))
     for number, band in enumerate(store.bands):
         rows, name = band.layers * band.count, f"bands[{number}].state"
         for stage, held in enumerate(band.state):

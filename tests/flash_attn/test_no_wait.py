@@ -22,8 +22,9 @@ def given(pages: torch.Tensor, count: int) -> torch.Tensor:
     return pages[:count]
 
 
-def new(width: int, rows: int = 2) -> list[torch.Tensor]:
-    return [torch.randn(rows, width, heads, 8) for heads in (4, 2, 2)]
+def new(width: int, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = (torch.randn(rows, width, heads, 8) for heads in (4, 2, 2))
+    return q, k, v
 
 
 @pytest.mark.parametrize("counts", [[40, 40], [40, 31]], ids=["even", "uneven"])

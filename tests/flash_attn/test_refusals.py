@@ -19,8 +19,9 @@ POLICY = knorm(8, interval=4, recent=2)
 SIZES = {"num_layers": 2, "num_heads": 2, "num_query_heads": 4, "head_dim": 8, "batch_size": 2}
 
 
-def new(width: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(2, width, heads, 8, dtype=dtype) for heads in (4, 2, 2)]
+def new(width: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(2, width, heads, 8, dtype=dtype) for heads in (4, 2, 2))
+    return q, k, v
 
 
 @pytest.mark.parametrize(
