@@ -46,7 +46,7 @@ def test_a_cache_that_cannot_be(options: dict[str, Any], words: str) -> None:
 
 def swapped(i: int, make: Callable[[Tensor], Any]) -> Callable[[FlashCache], None]:
     def call(cache: FlashCache) -> None:
-        given: list[Any] = new()
+        given: list[Any] = [*new()]
         given[i] = make(given[i])
         cache.attend(0, *given)
 
