@@ -30,6 +30,7 @@ def new_store(
     layers: Sequence[int],
     rows: Sequence[Row],
     drafts: int = 0,
+    lse: bool = False,
 ) -> Store:
     """Return slots for layers of equal shape and plan; ragged where heads may keep different numbers.
 
@@ -37,7 +38,7 @@ def new_store(
     """
     plans = plan if isinstance(plan, Sequence) else [plan]
     kind = RaggedStore if any(one.head_wise for one in plans) else Store
-    return kind(policy, plan, spec, layers, rows, drafts)
+    return kind(policy, plan, spec, layers, rows, drafts, lse)
 
 
 class RaggedStore(Store):
@@ -75,7 +76,7 @@ class RaggedStore(Store):
         self.values = torch.zeros(*lines, spec.value_dim, dtype=spec.dtype, device=spec.device)
         self.positions = torch.full(lines, -1, dtype=torch.int32, device=spec.device)
         self.order = torch.zeros(lines, dtype=torch.int32, device=spec.device)
-        self.budgets = self._first_budgets.expand(*lead, spec.num_heads).clone()
+        self.budgets = self._first_budgets.repeat(*lead, 1)
         self.held = torch.zeros_like(self.budgets)
         self._filled: dict[int, Tensor] = {}
         self._place()

@@ -394,7 +394,7 @@ class Store:
             limit: the largest ``lengths - kept``, known on the host.
         """
         at = span.store
-        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at][..., : keep.mask.shape[-1]]
+        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
         self._move(at, source, target)
         held = [t[span.band] for t in band.slots()]

@@ -17,7 +17,9 @@ __all__ = ["NEEDS", "attend_decoded", "attend_turn"]
 NEEDS = frozenset({"varlen", "head_lengths"})  #: what a backend must have
 
 
-def attend_decoded(backend: Backend, store: RaggedStore, index: int, q: Tensor, logits: LogitSpec) -> Tensor:
+def attend_decoded(
+    backend: Backend, store: RaggedStore, index: int, q: Tensor, logits: LogitSpec, *, lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """Attend one decoded token of each row to the slots of each head where they lie; nothing is copied.
 
     Args:
@@ -26,9 +28,10 @@ def attend_decoded(backend: Backend, store: RaggedStore, index: int, q: Tensor, 
         index: the layer, counted within the store.
         q: ``[B, 1, Hq, D]``.
         logits: scale and cap.
+        lse: return the log-sum-exp of every query, too.
 
     Returns:
-        ``[B, 1, Hq, Dv]``.
+        ``[B, 1, Hq, Dv]``, and ``[B, Hq, 1]`` or None.
     """
     starts, used = store.sequences(index)
     keys, values = (t[index].flatten(0, 1)[:, None] for t in (store.keys, store.values))
@@ -45,9 +48,10 @@ def attend_decoded(backend: Backend, store: RaggedStore, index: int, q: Tensor, 
         scale=logits.scaling,
         causal=True,
         softcap=logits.softcap,
+        return_lse=lse,
     )
-    assert isinstance(out, Tensor)
-    return out.reshape(*q.shape[:3], -1)
+    out, told = out if lse else (out, None)
+    return out.reshape(*q.shape[:3], -1), told if told is None else _by_row(told, len(q))
 
 
 def attend_turn(
@@ -59,7 +63,9 @@ def attend_turn(
     values: Tensor,
     counts: Sequence[int],
     logits: LogitSpec,
-) -> Tensor:
+    *,
+    lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Attend a turn to what each head holds and to itself.
 
     Args:
@@ -71,9 +77,10 @@ def attend_turn(
         values: ``[B, H, S_old + T, Dv]``.
         counts: new tokens of each row.
         logits: scale and cap.
+        lse: return the log-sum-exp of every query, too.
 
     Returns:
-        ``[B, T, Hq, Dv]``; anything where a row has pads.
+        ``[B, T, Hq, Dv]``, and ``[B, Hq, T]`` or None; anything where a row has pads.
     """
     (rows, heads, size), width = keys.shape[:3], q.shape[1]
     held = sent(store.held[index], q.device)
@@ -96,6 +103,13 @@ def attend_turn(
         scale=logits.scaling,
         causal=True,
         softcap=logits.softcap,
+        return_lse=lse,
     )
-    assert isinstance(out, Tensor)
-    return out.view(rows, heads, width, -1, values.shape[-1]).transpose(1, 2).flatten(2, 3)
+    out, told = out if lse else (out, None)
+    whole = out.view(rows, heads, width, -1, values.shape[-1]).transpose(1, 2).flatten(2, 3)
+    return whole, told if told is None else _by_row(told, rows, width)
+
+
+def _by_row(lse: Tensor, rows: int, width: int = 1) -> Tensor:
+    """Return the log-sum-exp of a group's heads and every query, ``[G, rows * H * T]``, as ``[rows, Hq, T]``."""
+    return lse.view(len(lse), rows, -1, width).permute(1, 2, 0, 3).flatten(1, 2)

@@ -135,12 +135,13 @@ class FlashCache:
             num_heads=num_heads,
             workspace=workspace,
         )
+        self._lse = "lse" in TABLE[self.backend.name].has
         self.groups = []
         for plans, layers in by_plan:
             capacity = max((plan.capacity for plan in plans), default=0)
             spec = LayerSpec(num_heads, num_query_heads, head_dim, value_dim, capacity, dtype, device)
             rows = new_rows(batch_size, requests, seeds)
-            self.groups.append(Group(made_store(self.policies, plans, spec, layers, rows)))
+            self.groups.append(Group(made_store(self.policies, plans, spec, layers, rows, lse=self._lse)))
         self.groups.sort(key=lambda group: not group.evicts)
         self._group_of = {layer: group for group in self.groups for layer in group.store.layers}
         self._pass: _Pass | None = None
@@ -260,11 +261,12 @@ class FlashCache:
     def _decode(self, group: Group, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append one token to each row, and attend."""
         store, index = group.store, group.index(layer)
+        lse = self._lse and store.window.size > 0
         ones = [1] * self.batch_size
         if isinstance(store, RaggedStore):
             store.append(index, k.transpose(1, 2), v.transpose(1, 2), ones)
-            out = by_head.attend_decoded(self.backend, store, index, q, self.logits)
-            store.observe(index, q.transpose(1, 2), ones)
+            out, told = by_head.attend_decoded(self.backend, store, index, q, self.logits, lse=lse)
+            store.observe(index, q.transpose(1, 2), ones, told)
             return out
         features = TABLE[self.backend.name].has
         in_kernel = "append_in_kernel" in features and group.evicts
@@ -283,13 +285,16 @@ class FlashCache:
             cache_seqlens=group.lengths if "row_lengths" in features else uniform,
             scale=self.logits.scaling,
             softcap=self.logits.softcap,
+            return_lse=lse,
         )
-        store.observe(index, q.transpose(1, 2), ones)
+        out, told = out if lse else (out, None)
+        store.observe(index, q.transpose(1, 2), ones, told)
         return out
 
     def _turn(self, group: Group, layer: int, q: Tensor, k: Tensor, v: Tensor, step: _Pass) -> Tensor:
         """Attend to what a layer holds joined with new tokens, then cut it."""
         store, index, counts = group.store, group.index(layer), step.counts
+        lse = self._lse and store.window.size > 0
         if not any(one in step.attended for one in store.layers):
             self._begin_turn(group, step)
         self._failed = True  # what a turn has rewritten cannot be taken back
@@ -303,7 +308,7 @@ class FlashCache:
         held = {id(t): t.nbytes for t in (keys, values, seen_keys, seen_values)}
         group.turn_nbytes = max(group.turn_nbytes, sum(held.values()))
         if isinstance(store, RaggedStore):
-            out = by_head.attend_turn(self.backend, store, index, q, keys, values, counts, self.logits)
+            out, told = by_head.attend_turn(self.backend, store, index, q, keys, values, counts, self.logits, lse=lse)
         else:
             row_lengths = "row_lengths" in TABLE[self.backend.name].has
             out = self.backend.with_kvcache(
@@ -313,8 +318,10 @@ class FlashCache:
                 cache_seqlens=group.lengths if row_lengths and group.lengths is not None else keys.shape[2],
                 scale=self.logits.scaling,
                 softcap=self.logits.softcap,
+                return_lse=lse,
             )
-        store.observe(index, q.transpose(1, 2), counts)
+            out, told = out if lse else (out, None)
+        store.observe(index, q.transpose(1, 2), counts, told)
         take_turn(store, index, keys, values, counts, group.after, lambda: self.logits)
         self._failed = False
         return out

@@ -94,6 +94,8 @@ def made_store(
     spec: LayerSpec,
     layers: Sequence[int],
     rows: Sequence[Row],
+    *,
+    lse: bool,
 ) -> Store:
     """Return the store of layers that share a plan, empty.
 
@@ -103,10 +105,11 @@ def made_store(
         spec: of each layer; the slots are those that the plans ask for.
         layers: indices.
         rows: one record a row.
+        lse: attention tells the log-sum-exp of each query.
     """
     if not plans:
         return GrowingStore(spec, layers, rows)
-    return new_store(policies, plans, spec, layers, rows)
+    return new_store(policies, plans, spec, layers, rows, lse=lse)
 
 
 def packed_places(store: Store, width: int, counts: Sequence[int]) -> Tensor | None:

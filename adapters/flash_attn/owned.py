@@ -30,6 +30,7 @@ class OwnedStore(Store):
         spec: of each layer, with the slots that the owner has.
         layers: which layers of the model these are.
         rows: one record a request.
+        lse: queries come with their log-sum-exp.
 
     Attributes:
         memory: the keys and values, during an eviction.
@@ -42,9 +43,12 @@ class OwnedStore(Store):
         spec: LayerSpec,
         layers: Sequence[int],
         rows: Sequence[Row],
+        *,
+        lse: bool,
     ) -> None:
         self.memory: Memory | None = None
-        super().__init__(policies, [replace(plan, capacity=spec.capacity) for plan in plans], spec, layers, rows)
+        plans = [replace(plan, capacity=spec.capacity) for plan in plans]
+        super().__init__(policies, plans, spec, layers, rows, lse=lse)
 
     def _allocate(self, lead: tuple[int, int]) -> None:
         spec = self.spec

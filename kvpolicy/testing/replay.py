@@ -208,7 +208,9 @@ class OrderedCache:
         asked = torch.cat([torch.full((absent,), -1), asked]).to(torch.int32)[None]
         queries = torch.cat([queries.new_zeros(1, queries.shape[1], absent, 4), queries], 2)
         slots = torch.arange(size).expand(1, heads, size)
-        order = torch.where(self.positions < 0, torch.iinfo(torch.int32).max, self.positions).argsort(dim=-1, stable=True)
+        order = torch.where(self.positions < 0, torch.iinfo(torch.int32).max, self.positions).argsort(
+            dim=-1, stable=True
+        )
         return View(
             keys=self.keys,
             values=self.values,
