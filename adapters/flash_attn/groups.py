@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters import planning
-from kvpolicy.errors import BindError, UnsupportedError
+from kvpolicy.errors import BindError
 from kvpolicy.growing import GrowingStore
 from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
+from kvpolicy.ragged import new_store
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
@@ -108,9 +109,8 @@ def made_store(
     """
     if not plans:
         return GrowingStore(spec, layers, rows)
-    if any(plan.head_wise for plan in plans):
-        raise UnsupportedError(f"budgets of heads are not supported by {ADAPTER} yet: write TopK(budget)")
-    return Store(policies, plans, spec, layers, rows, lse=lse)
+    told = lse and not any(plan.head_wise for plan in plans)
+    return new_store(policies, plans, spec, layers, rows, lse=told)
 
 
 def packed_places(store: Store, width: int, counts: Sequence[int]) -> Tensor | None:
