@@ -288,7 +288,7 @@ class RaggedStore(Store):
         self._filled[index] = kept
         self._place()
         head, slot = self._places(at)
-        used = slot < kept.to(slot.device).flatten()[head]
+        used = slot < sent(kept, slot.device).flatten()[head]
         source = survivors.flatten(0, 1)[head, slot.clamp(max=survivors.shape[-1] - 1)].clamp(min=0)
         heads = self.spec.num_heads
         row, head = head // heads, head % heads

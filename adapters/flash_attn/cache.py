@@ -135,13 +135,13 @@ class FlashCache:
             num_heads=num_heads,
             workspace=workspace,
         )
-        self._lse = "lse" in TABLE[self.backend.name].has
+        lse = "lse" in TABLE[self.backend.name].has
         self.groups = []
         for plans, layers in by_plan:
             capacity = max((plan.capacity for plan in plans), default=0)
             spec = LayerSpec(num_heads, num_query_heads, head_dim, value_dim, capacity, dtype, device)
             rows = new_rows(batch_size, requests, seeds)
-            self.groups.append(Group(made_store(self.policies, plans, spec, layers, rows, lse=self._lse)))
+            self.groups.append(Group(made_store(self.policies, plans, spec, layers, rows, lse=lse)))
         self.groups.sort(key=lambda group: not group.evicts)
         self._group_of = {layer: group for group in self.groups for layer in group.store.layers}
         self._pass: _Pass | None = None
@@ -261,7 +261,7 @@ class FlashCache:
     def _decode(self, group: Group, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append one token to each row, and attend."""
         store, index = group.store, group.index(layer)
-        lse = self._lse and store.window.size > 0
+        lse = store.window.size > 0 and store.window.lse is not None
         ones = [1] * self.batch_size
         if isinstance(store, RaggedStore):
             store.append(index, k.transpose(1, 2), v.transpose(1, 2), ones)
@@ -294,7 +294,7 @@ class FlashCache:
     def _turn(self, group: Group, layer: int, q: Tensor, k: Tensor, v: Tensor, step: _Pass) -> Tensor:
         """Attend to what a layer holds joined with new tokens, then cut it."""
         store, index, counts = group.store, group.index(layer), step.counts
-        lse = self._lse and store.window.size > 0
+        lse = store.window.size > 0 and store.window.lse is not None
         if not any(one in step.attended for one in store.layers):
             self._begin_turn(group, step)
         self._failed = True  # what a turn has rewritten cannot be taken back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvpolicy.host import on_device
 from kvpolicy.policies import knorm
 from tests.flash_attn.no_wait import Waited, no_wait
 from tests.flash_attn.own import Own
+from tests.hf.test_heads import POLICIES as HEADS
 from tests.hf.zoo import zoo
 
 ZOO = zoo(24)
@@ -37,6 +39,22 @@ def test_a_flash_cache(name: str, counts: list[int]) -> None:
             for layer in range(2):
                 cache.attend(layer, *new(width), counts if width == 40 else None)
             cache.step()
+    assert min(cache.receipt().evictions) >= 4
+
+
+@pytest.mark.parametrize("name", ["vase, split", "h2o, split", "vase, adaptive"])
+def test_heads_of_different_budgets(name: str) -> None:
+    """Only the eviction that shares a layer over its heads reads how it was shared."""
+    sizes = {"num_layers": 2, "num_heads": 2, "num_query_heads": 4, "head_dim": 8, "batch_size": 2}
+    with no_wait():  # counts of heads are tensors of the host: let it see them made
+        cache = FlashCache(HEADS[name], dtype=torch.float32, **sizes)
+    shared = nullcontext() if "adaptive" in name else no_wait()
+    for widths, waiting in (([40], shared), ([1] * 17 + [5] + [1] * 9, no_wait())):
+        with waiting:
+            for width in widths:
+                for layer in range(2):
+                    cache.attend(layer, *new(width), [40, 31] if width == 40 else None)
+                cache.step()
     assert min(cache.receipt().evictions) >= 4
 
 

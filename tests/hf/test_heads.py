@@ -25,7 +25,8 @@ from kvpolicy import (
     UnsupportedError,
     ValueGuard,
 )
-from kvpolicy.adapters.hf import EvictionCache, replay
+from kvpolicy.adapters.flash_attn.backends.reference import Reference
+from kvpolicy.adapters.hf import EvictionCache, attention, replay
 from kvpolicy.ragged import RaggedStore
 from tests.families import FAMILIES
 from tests.hf.test_oracle import padded, run
@@ -196,6 +197,25 @@ def test_replay_a_fork_and_a_second_turn() -> None:
                 for store in stores(one):
                     store.check_integrity()
             assert (fork.last_logits - cache.last_logits[torch.tensor([1, 0, 1])]).abs().max() <= 1e-9  # type: ignore[attr-defined]
+
+
+def test_a_kernel_for_all_heads_gives_what_a_call_a_head_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU all heads are one call: here by the reference, which has the kernel's signature."""
+    model, tokens, new = tiny("llama", torch.float64), text(2, 50), text(2, 40)
+    found, calls = [], []
+
+    def kernel(*known: Any) -> Reference:
+        calls.append(known)
+        return Reference()
+
+    for _ in range(2):
+        with EvictionCache(model, POLICIES["vase, adaptive"]) as cache:
+            logits = [model(tokens, past_key_values=cache).logits[:, -1]]
+            logits += [model(ids, past_key_values=cache).logits[:, -1] for ids in new.split(1, 1)]
+            found.append(torch.stack(logits))
+        monkeypatch.setattr(attention, "_kernel", kernel)
+    assert len(calls) == 40 * len(model.model.layers)
+    assert (found[0] - found[1]).abs().max() <= 1e-9
 
 
 REFUSED: dict[str, tuple[type[Exception], str, Any, dict[str, Any]]] = {
