@@ -80,7 +80,7 @@ class RaggedStore(Store):
         self.held = torch.zeros_like(self.budgets)
         self._filled: dict[int, Tensor] = {}
         self._place()
-        self.order.copy_(self._places(slice(None))[1].view(lines))
+        self.order.view(-1).copy_(self._places(slice(None))[1])
         band = self.bands[0]
         band.state = tuple(self._flat(held) for held in band.begin(replace(spec, capacity=1)))
 
