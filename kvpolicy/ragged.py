@@ -61,7 +61,7 @@ class RaggedStore(Store):
 
     def _allocate(self, lead: tuple[int, int]) -> None:
         spec, plan = self.spec, self.plans[0]
-        if len(self.bands) > 1:
+        if self.bands[1:]:
             raise UnsupportedError("budgets of heads and a policy for each row do not go together yet; give one policy")
         if self.drafts or spec.values_in_keys:
             what = "drafts" if self.drafts else "latent attention, which has one head,"
