@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from benchmarks.models import all_cores, prefill, tokens, twin
 from benchmarks.report import Section, Target
 from benchmarks.timing import clock, median_ms, ratio
+from kvpolicy import Adaptive, Policy, Stochastic, TopK, ValueGuard
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.policies import vase
 
@@ -103,6 +104,9 @@ def _contestants(model: Any, evicting: Any, size: int, *, quarter: bool) -> dict
             cache = EvictionCache(evicting, vase(budget))
             prefill(evicting, cache, ids)
             found[f"{OURS}({budget})"] = Contestant(evicting, cache, lambda: None)
+        over_heads = EvictionCache(evicting, Policy(ValueGuard() >> Stochastic() >> TopK(Adaptive(size))))
+        prefill(evicting, over_heads, ids)
+        found[f"{OURS}, Adaptive({size})"] = Contestant(evicting, over_heads, lambda: None)
     return found
 
 
