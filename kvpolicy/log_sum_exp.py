@@ -48,7 +48,7 @@ def received_by_lse(
     shift = lse.to(dtype).masked_fill(left_out, torch.inf).mul(LOG2_E).reshape(b * h, lines, 1)  # 2 ** -inf is 0
     weights = weight.to(dtype).repeat_interleave(h, 0).repeat(1, group)[:, None]
     keys, out = view.keys.flatten(0, 1), torch.zeros(b * h, s, dtype=dtype, device=queries.device)
-    pairs, columns = tile(view, lines * torch.finfo(dtype).bits // 8)
+    pairs, columns = tile(view, (lines + dim) * torch.finfo(dtype).bits // 8)
     scratch = torch.empty(min(pairs, b * h) * lines * columns, dtype=dtype, device=queries.device)
     # Only the newest slots hide from a query of the window. They are computed twice: here, as if all were
     # seen, and below with a mask, which the others so do without.

@@ -78,7 +78,8 @@ def received(
         sinks = view.sink_logits.reshape(b * h, group, 1, 1).to(dtype) * (LOG2_E / temperature)
     out = torch.zeros(b * h, s, dtype=dtype, device=keys.device)
     several = max(1, min(window, view.workspace // 8 // (group * s * item)))
-    pairs, columns = tile(view, several * group * item)
+    pairs, columns = tile(view, (several * group + dim) * item)
+    on_cpu = keys.device.type == "cpu"
     scratch = out.new_empty(min(pairs, b * h) * several * group * s)
     for at in pieces(b * h, pairs):
         for some in pieces(window, several):
@@ -87,7 +88,8 @@ def received(
             powers, highest, total = [], [], []
             for where in pieces(s, columns):
                 logits = scratch[n * lines * where.start : n * lines * where.stop].view(n, lines, -1)
-                logits_(logits, view, now, keys[at, where].to(dtype), temperature)
+                held = keys[at, where].to(dtype, copy=on_cpu)  # a product reads keys more than once: from caches
+                logits_(logits, view, now, held, temperature)
                 if (span := _span(hidden[at, where], where)) is not None:
                     mask = ~inside[at, None, span]
                     if asked_at is not None:
