@@ -229,7 +229,7 @@ def _cut_layer(
         most, victims = int(goal[here].max()), int((held - goal)[here].max())
         shared = None
         if any(sharing[here]):  # a head may keep all that it holds, or next to nothing
-            shared = torch.tensor(list(sharing[here]), device=view.keys.device)
+            shared = sent(torch.tensor(list(sharing[here])), view.positions.device)
             most = victims = int(held[here].max())
         part = dataclasses.replace(
             _rows_of(view, here),

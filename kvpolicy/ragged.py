@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpolicy.band import Band, Span
 from kvpolicy.compaction import moves, reorder_
 from kvpolicy.errors import BudgetError, UnsupportedError, UsageError
+from kvpolicy.host import sent
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.scattered import Scattered
@@ -29,6 +30,7 @@ def new_store(
     layers: Sequence[int],
     rows: Sequence[Row],
     drafts: int = 0,
+    lse: bool = False,
 ) -> Store:
     """Return slots for layers of equal shape and plan; ragged where heads may keep different numbers.
 
@@ -36,7 +38,7 @@ def new_store(
     """
     plans = plan if isinstance(plan, Sequence) else [plan]
     kind = RaggedStore if any(one.head_wise for one in plans) else Store
-    return kind(policy, plan, spec, layers, rows, drafts)
+    return kind(policy, plan, spec, layers, rows, drafts, lse)
 
 
 class RaggedStore(Store):
@@ -59,7 +61,7 @@ class RaggedStore(Store):
 
     def _allocate(self, lead: tuple[int, int]) -> None:
         spec, plan = self.spec, self.plans[0]
-        if len(self.bands) > 1:
+        if self.bands[1:]:
             raise UnsupportedError("budgets of heads and a policy for each row do not go together yet; give one policy")
         if self.drafts or spec.values_in_keys:
             what = "drafts" if self.drafts else "latent attention, which has one head,"
@@ -74,11 +76,11 @@ class RaggedStore(Store):
         self.values = torch.zeros(*lines, spec.value_dim, dtype=spec.dtype, device=spec.device)
         self.positions = torch.full(lines, -1, dtype=torch.int32, device=spec.device)
         self.order = torch.zeros(lines, dtype=torch.int32, device=spec.device)
-        self.budgets = self._first_budgets.expand(*lead, spec.num_heads).clone()
+        self.budgets = self._first_budgets.repeat(*lead, 1)
         self.held = torch.zeros_like(self.budgets)
         self._filled: dict[int, Tensor] = {}
         self._place()
-        self.order.copy_(self._places(slice(None))[1].view(lines))
+        self.order.view(-1).copy_(self._places(slice(None))[1])
         band = self.bands[0]
         band.state = tuple(self._flat(held) for held in band.begin(replace(spec, capacity=1)))
 
@@ -97,7 +99,7 @@ class RaggedStore(Store):
         first = sizes.cumsum(-1) - sizes + torch.arange(len(sizes))[:, None] * self.total
         device, starts = self.spec.device, sizes.cumsum(-1) - sizes
         self._starts = starts.view(self.budgets.shape).tolist()
-        self._sizes, self._first, self._used = sizes.to(device), first.to(device), self.held.flatten(0, 1).to(device)
+        self._sizes, self._first, self._used = (sent(t, device) for t in (sizes, first, self.held.flatten(0, 1)))
 
     def _places(self, at: slice) -> tuple[Tensor, Tensor]:
         """Return the head, counted over some rows, and the slot of each of their lines: ``[rows * T]`` each."""
@@ -186,6 +188,17 @@ class RaggedStore(Store):
             self.values.flatten(0, 2), table
         ).gathered()
 
+    def sequences(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return where each (request, head) of a layer begins among its lines, and how many it has.
+
+        Returns:
+            ``[requests * H + 1]`` int32, and ``[requests * H]`` int32, a token that is about to count among them.
+        """
+        at = self.rows_of(index)
+        first = self._first[at].flatten() - at.start * self.total
+        end = first.new_full((1,), len(self.rows) * self.total)
+        return torch.cat([first, end]).to(torch.int32), (self._used[at].flatten() + 1).to(torch.int32)
+
     def heads_of(self, index: int) -> list[list[tuple[Tensor, Tensor]]]:
         """Return the lines of each request and head of a layer as views: keys ``[slots, D]``, values ``[slots, Dv]``.
 
@@ -231,13 +244,8 @@ class RaggedStore(Store):
         Raises:
             UsageError: they do not fit; nothing was written.
         """
-        width, held = keys.shape[2], self.held[index]
-        after = held + torch.tensor(list(counts))[:, None]
-        if bool((after > self.budgets[index] + self.slack).any()):
-            raise UsageError(
-                f"a head holds {int(held.max())} slots and cannot take {max(counts)} more tokens: it was not evicted "
-                "when it was due, or only the end of a turn evicts; bind the policy with a larger max_new_tokens"
-            )
+        width = keys.shape[2]
+        self.insist_on_room(counts, behind)
         at = self.rows_of(index)
         ends = self._first[at] + self._used[at]
         if width == 1 and all(counts):
@@ -248,6 +256,16 @@ class RaggedStore(Store):
             lines = (ends[r, :, None] + torch.arange(count, device=ends.device)).flatten()
             self.keys.flatten(0, 2).index_copy_(0, lines, keys[r, :, width - count :].flatten(0, 1))
             self.values.flatten(0, 2).index_copy_(0, lines, values[r, :, width - count :].flatten(0, 1))
+
+    def insist_on_room(self, counts: Sequence[int], behind: Sequence[int] | None = None) -> list[int]:
+        """Return how many slots the longest head of each row holds; see :meth:`Store.insist_on_room`."""
+        after = self.held + torch.tensor(list(counts))[:, None]
+        if bool((after > self.budgets + self.slack).any()):
+            raise UsageError(
+                f"a head holds {self.longest} slots and cannot take {max(counts)} more tokens: it was not evicted "
+                "when it was due, or only the end of a turn evicts; bind the policy with a larger max_new_tokens"
+            )
+        return [int(held) for held in self.held.amax((0, 2))]
 
     def fill(
         self,
@@ -270,7 +288,7 @@ class RaggedStore(Store):
         self._filled[index] = kept
         self._place()
         head, slot = self._places(at)
-        used = slot < kept.to(slot.device).flatten()[head]
+        used = slot < sent(kept, slot.device).flatten()[head]
         source = survivors.flatten(0, 1)[head, slot.clamp(max=survivors.shape[-1] - 1)].clamp(min=0)
         heads = self.spec.num_heads
         row, head = head // heads, head % heads

@@ -85,7 +85,7 @@ class Store:
         if spec.capacity != max(one.capacity for one in self.plans) + drafts:
             raise UsageError(f"a layer of {spec.capacity} slots cannot follow {plan} with {drafts} drafts")
         self.spec, self.layers, self.rows, self.drafts = spec, tuple(layers), list(rows), drafts
-        self.bands = bands_of(policies, self.plans, len(self.layers))
+        self.bands: tuple[Band, ...] = bands_of(policies, self.plans, len(self.layers))
         self._ends: tuple[Tensor, Tensor, Tensor] | None = None
         lead, device = (len(self.layers), len(self.rows)), spec.device
         asked = max(one.window for one in self.plans)
@@ -394,7 +394,7 @@ class Store:
             limit: the largest ``lengths - kept``, known on the host.
         """
         at = span.store
-        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at][..., : keep.mask.shape[-1]]
+        positions, order = self.positions.flatten(0, 1)[at], self.order.flatten(0, 1)[at]
         source, target = moves(keep.mask, keep.victims, lengths, kept, limit)
         self._move(at, source, target)
         held = [t[span.band] for t in band.slots()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters import planning
-from kvpolicy.adapters.flash_attn import arguments
+from kvpolicy.adapters.flash_attn import arguments, by_head
 from kvpolicy.adapters.flash_attn.backends import TABLE, Backend, select_backend
 from kvpolicy.adapters.flash_attn.backends.checks import refuse_unknown
 from kvpolicy.adapters.flash_attn.groups import Group, follow, layers_by_plan, made_store, new_rows, packed_places
@@ -17,6 +17,7 @@ from kvpolicy.errors import UsageError
 from kvpolicy.eviction import LogitSpec, evict_due
 from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy
+from kvpolicy.ragged import RaggedStore
 from kvpolicy.receipt import Receipt, receipt_of
 from kvpolicy.turn import begin_turn, end_turn, take_turn
 from kvpolicy.view import DEFAULT_WORKSPACE, LayerSpec
@@ -118,11 +119,14 @@ class FlashCache:
         needs = {"strided"} | ({"row_lengths"} if batch_size > 1 else set())
         needs |= {"softcap"} if softcap is not None else set()
         needs |= {"value_dim"} if value_dim != head_dim else set()
+        self.policies = follow(policy, batch_size)
+        by_plan = layers_by_plan(self.policies, num_layers, num_heads, max_new_tokens)
+        if any(plan.head_wise for plans, _ in by_plan for plan in plans):
+            needs |= by_head.NEEDS
         name = backend.name if isinstance(backend, Backend) else backend
         found = select_backend(name, device=device, dtype=dtype, head_dim=head_dim, needs=needs)
         # Lengths are counted here, and need not be checked in every layer.
         self.backend = replace(backend if isinstance(backend, Backend) else found, check_lengths=False)
-        self.policies = follow(policy, batch_size)
         self.num_layers, self.batch_size = num_layers, batch_size
         self.logits = LogitSpec(
             scaling=head_dim**-0.5 if scaling is None else scaling,
@@ -131,12 +135,13 @@ class FlashCache:
             num_heads=num_heads,
             workspace=workspace,
         )
+        lse = "lse" in TABLE[self.backend.name].has
         self.groups = []
-        for plans, layers in layers_by_plan(self.policies, num_layers, num_heads, max_new_tokens):
+        for plans, layers in by_plan:
             capacity = max((plan.capacity for plan in plans), default=0)
             spec = LayerSpec(num_heads, num_query_heads, head_dim, value_dim, capacity, dtype, device)
             rows = new_rows(batch_size, requests, seeds)
-            self.groups.append(Group(made_store(self.policies, plans, spec, layers, rows)))
+            self.groups.append(Group(made_store(self.policies, plans, spec, layers, rows, lse=lse)))
         self.groups.sort(key=lambda group: not group.evicts)
         self._group_of = {layer: group for group in self.groups for layer in group.store.layers}
         self._pass: _Pass | None = None
@@ -169,9 +174,13 @@ class FlashCache:
         """Return the slots of a layer as kernels see them: ``[B, C, Hkv, D]`` and ``[B, C, Hkv, Dv]``, no copy.
 
         Raises:
-            UsageError: there is no such layer.
+            UsageError: there is no such layer, or its heads have slots of different numbers.
         """
         store = self._group(layer).store
+        if isinstance(store, RaggedStore):
+            raise UsageError(
+                f"heads of layer {layer} have slots of different numbers, which no [B, C, Hkv, D] can show"
+            )
         at = store.layers.index(layer)
         return store.keys[at].transpose(1, 2), store.values[at].transpose(1, 2)
 
@@ -252,7 +261,13 @@ class FlashCache:
     def _decode(self, group: Group, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append one token to each row, and attend."""
         store, index = group.store, group.index(layer)
+        lse = store.window.size > 0 and store.window.lse is not None
         ones = [1] * self.batch_size
+        if isinstance(store, RaggedStore):
+            store.append(index, k.transpose(1, 2), v.transpose(1, 2), ones)
+            out, told = by_head.attend_decoded(self.backend, store, index, q, self.logits, lse=lse)
+            store.observe(index, q.transpose(1, 2), ones, told)
+            return out
         features = TABLE[self.backend.name].has
         in_kernel = "append_in_kernel" in features and group.evicts
         if not in_kernel:
@@ -270,13 +285,16 @@ class FlashCache:
             cache_seqlens=group.lengths if "row_lengths" in features else uniform,
             scale=self.logits.scaling,
             softcap=self.logits.softcap,
+            return_lse=lse,
         )
-        store.observe(index, q.transpose(1, 2), ones)
+        out, told = out if lse else (out, None)
+        store.observe(index, q.transpose(1, 2), ones, told)
         return out
 
     def _turn(self, group: Group, layer: int, q: Tensor, k: Tensor, v: Tensor, step: _Pass) -> Tensor:
         """Attend to what a layer holds joined with new tokens, then cut it."""
         store, index, counts = group.store, group.index(layer), step.counts
+        lse = store.window.size > 0 and store.window.lse is not None
         if not any(one in step.attended for one in store.layers):
             self._begin_turn(group, step)
         self._failed = True  # what a turn has rewritten cannot be taken back
@@ -289,16 +307,21 @@ class FlashCache:
             seen_keys, seen_values = _packed(keys, group.packed), _packed(values, group.packed)
         held = {id(t): t.nbytes for t in (keys, values, seen_keys, seen_values)}
         group.turn_nbytes = max(group.turn_nbytes, sum(held.values()))
-        row_lengths = "row_lengths" in TABLE[self.backend.name].has
-        out = self.backend.with_kvcache(
-            q,
-            seen_keys.transpose(1, 2),
-            seen_values.transpose(1, 2),
-            cache_seqlens=group.lengths if row_lengths and group.lengths is not None else keys.shape[2],
-            scale=self.logits.scaling,
-            softcap=self.logits.softcap,
-        )
-        store.observe(index, q.transpose(1, 2), counts)
+        if isinstance(store, RaggedStore):
+            out, told = by_head.attend_turn(self.backend, store, index, q, keys, values, counts, self.logits, lse=lse)
+        else:
+            row_lengths = "row_lengths" in TABLE[self.backend.name].has
+            out = self.backend.with_kvcache(
+                q,
+                seen_keys.transpose(1, 2),
+                seen_values.transpose(1, 2),
+                cache_seqlens=group.lengths if row_lengths and group.lengths is not None else keys.shape[2],
+                scale=self.logits.scaling,
+                softcap=self.logits.softcap,
+                return_lse=lse,
+            )
+            out, told = out if lse else (out, None)
+        store.observe(index, q.transpose(1, 2), counts, told)
         take_turn(store, index, keys, values, counts, group.after, lambda: self.logits)
         self._failed = False
         return out
@@ -306,7 +329,8 @@ class FlashCache:
     def _begin_turn(self, group: Group, step: _Pass) -> None:
         store = group.store
         group.after = begin_turn(store, step.counts, lambda: self.logits)
-        group.packed = packed_places(store, step.width, step.counts)
+        if not isinstance(store, RaggedStore):  # there, heads are packed one by one
+            group.packed = packed_places(store, step.width, step.counts)
         lengths = [row.length + count for row, count in zip(store.rows, step.counts, strict=True)]
         group.lengths = on_device(lengths, store.spec.device, torch.int32)
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters import planning
-from kvpolicy.errors import BindError, UnsupportedError
+from kvpolicy.errors import BindError
 from kvpolicy.growing import GrowingStore
 from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
+from kvpolicy.ragged import new_store
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
@@ -93,6 +94,8 @@ def made_store(
     spec: LayerSpec,
     layers: Sequence[int],
     rows: Sequence[Row],
+    *,
+    lse: bool,
 ) -> Store:
     """Return the store of layers that share a plan, empty.
 
@@ -102,12 +105,11 @@ def made_store(
         spec: of each layer; the slots are those that the plans ask for.
         layers: indices.
         rows: one record a row.
+        lse: attention tells the log-sum-exp of each query.
     """
     if not plans:
         return GrowingStore(spec, layers, rows)
-    if any(plan.head_wise for plan in plans):
-        raise UnsupportedError(f"budgets of heads are not supported by {ADAPTER} yet: write TopK(budget)")
-    return Store(policies, plans, spec, layers, rows)
+    return new_store(policies, plans, spec, layers, rows, lse=lse)
 
 
 def packed_places(store: Store, width: int, counts: Sequence[int]) -> Tensor | None:

@@ -30,6 +30,7 @@ class OwnedStore(Store):
         spec: of each layer, with the slots that the owner has.
         layers: which layers of the model these are.
         rows: one record a request.
+        lse: queries come with their log-sum-exp.
 
     Attributes:
         memory: the keys and values, during an eviction.
@@ -42,9 +43,12 @@ class OwnedStore(Store):
         spec: LayerSpec,
         layers: Sequence[int],
         rows: Sequence[Row],
+        *,
+        lse: bool,
     ) -> None:
         self.memory: Memory | None = None
-        super().__init__(policies, [replace(plan, capacity=spec.capacity) for plan in plans], spec, layers, rows)
+        plans = [replace(plan, capacity=spec.capacity) for plan in plans]
+        super().__init__(policies, plans, spec, layers, rows, lse=lse)
 
     def _allocate(self, lead: tuple[int, int]) -> None:
         spec = self.spec
@@ -71,9 +75,9 @@ class OwnedStore(Store):
         own = (t.flatten(0, 1)[at][..., :size] for t in (self.positions, self.order))
         return Slots(*self.memory.slots(at, size), *own)
 
-    def in_order(self) -> Tensor:
-        """Return the positions of the slots in use, ascending: ``[layers, requests, H, S]``, -1 behind the last."""
-        return self.positions.gather(-1, self.order[..., : self.longest].to(torch.int64))
+    def in_order(self, index: int) -> Tensor:
+        """Return the positions of a layer's slots in use, ascending: ``[requests, H, S]``, -1 behind the last."""
+        return self.positions[index].gather(-1, self.order[index, ..., : self.longest].to(torch.int64))
 
     def spans(self, band: Band, most: int) -> Iterator[Span]:
         """Yield all rows of a band, at most ``most`` at once, of one layer where layers lie apart."""

@@ -43,6 +43,7 @@ class EvictionState:
         softcap: what they are capped with, or None.
         seeds: of each row's randomness; all 0 by default.
         requests: names of the rows, integers that key randomness beside the seeds; all 0 by default.
+        lse: queries come with their log-sum-exp, which kernels return; scores are then cheaper.
         workspace: bytes that the temporaries of one eviction may take.
 
     Raises:
@@ -81,6 +82,7 @@ class EvictionState:
         softcap: float | None = None,
         seeds: Sequence[int] | None = None,
         requests: Sequence[int] | None = None,
+        lse: bool = False,
         workspace: int = DEFAULT_WORKSPACE,
     ) -> None:
         value_dim = head_dim if value_dim is None else value_dim
@@ -100,7 +102,7 @@ class EvictionState:
             raise BudgetError(f"the policy fills up to {needed} slots of a row, and there are {slots}: allocate more")
         device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
         spec = LayerSpec(num_heads, num_query_heads, head_dim, value_dim, slots, dtype, device)
-        self.store = OwnedStore(self.policies, plans, spec, layers, new_rows(batch_size, requests, seeds))
+        self.store = OwnedStore(self.policies, plans, spec, layers, new_rows(batch_size, requests, seeds), lse=lse)
         self.logits = LogitSpec(
             scaling=head_dim**-0.5 if scaling is None else scaling,
             softcap=softcap,
@@ -110,7 +112,7 @@ class EvictionState:
         )
         self.observed: set[int] = set()  #: layers whose queries of this forward pass are known
         self.counts: list[int] | None = None  #: and their tokens
-        self.failed = False
+        self.failed, self.lse = False, lse
 
     @property
     def seen(self) -> list[int]:
@@ -137,13 +139,15 @@ class EvictionState:
         given = arguments.check_counts(counts, self.batch_size, width)
         return arguments.positions(self.seen, width, given, self.store.spec.device)
 
-    def observe(self, layer: int, q: Tensor, counts: Sequence[int] | None = None) -> None:
+    def observe(self, layer: int, q: Tensor, counts: Sequence[int] | None = None, *, lse: Tensor | None = None) -> None:
         """Remember the newest queries of one layer; each layer calls it once a forward pass.
 
         Args:
             layer: index.
             q: ``[B, T, Hq, D]``, rotated.
             counts: tokens of each row, which are its last columns; all of them by default.
+            lse: ``[B, Hq, T]``, for a state made with ``lse=True``: what the kernel returned for them,
+                over all that each query saw.
 
         Raises:
             UsageError: queries of another shape, dtype or device, a layer that does not exist or is
@@ -165,9 +169,17 @@ class EvictionState:
                 "the policy counts every query, and a turn may push out some that it has not seen: call "
                 "evict_(..., tokens=0) before the turn"
             )
+        if (lse is not None) != self.lse:
+            raise UsageError(
+                "the state was made with lse=True: give observe(..., lse=) what the kernel returned"
+                if self.lse
+                else "observe() was given lse=, and the state has no place for it: make EvictionState(..., lse=True)"
+            )
+        if lse is not None and (tuple(lse.shape) != (len(q), q.shape[2], q.shape[1]) or lse.device != q.device):
+            raise UsageError(f"lse is {tuple(lse.shape)} on {lse.device}; it is [B, Hq, T], beside the queries")
         if self.counts is None and not any(self.seen):
             store.window.align(given)
-        store.observe(layer, q.transpose(1, 2), given)
+        store.observe(layer, q.transpose(1, 2), given, lse)
         self.observed.add(layer)
         self.counts = given
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvpolicy.adapters.flash_attn.backends import Backend, select_backend
+from kvpolicy.adapters.flash_attn.by_head import NEEDS, attend_decoded
+from kvpolicy.eviction import LogitSpec
 from kvpolicy.ragged import RaggedStore
 
 __all__ = ["CACHE", "SUPPORTED", "by_head", "one_token", "register", "several_tokens", "turn"]
@@ -118,12 +122,24 @@ def by_head(
 
 def ragged_attention(query: Tensor, store: RaggedStore, index: int, scale: float | None) -> Tensor:
     """Attend one token of each row, ``[B, Hq, 1, D]``, head by head; return ``[B, 1, Hq, Dv]``."""
+    kernel = _kernel(query.device, query.dtype, query.shape[-1])
+    if kernel is not None:
+        logits = LogitSpec(scaling=query.shape[-1] ** -0.5 if scale is None else scale)
+        return attend_decoded(kernel, store, index, query.transpose(1, 2), logits, lse=False)[0]
     heads = [
         F.scaled_dot_product_attention(asked[None], keys[None], values[None], scale=scale)[0]
         for row, held in zip(query.unflatten(1, (store.spec.num_heads, -1)), store.heads_of(index), strict=True)
         for asked, (keys, values) in zip(row[:, :, 0], held, strict=True)
     ]
     return torch.cat(heads).view(query.shape[0], 1, query.shape[1], -1)
+
+
+@functools.cache
+def _kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend | None:
+    """Return what attends to all heads in one call; on the CPU None, where a call a head costs less."""
+    if device.type == "cpu":
+        return None
+    return select_backend("auto", device=device, dtype=dtype, head_dim=head_dim, needs=NEEDS)
 
 
 def plain(kwargs: Mapping[str, Any]) -> bool:

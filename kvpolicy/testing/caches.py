@@ -71,7 +71,7 @@ def scripts(draw: DrawFn, policy: EvictionPolicy) -> Script:
     return Script(
         turns=tuple(turns),
         layers=3,
-        heads=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 2)) if plan.heads is None else len(plan.heads),
         group=draw(st.integers(1, 2)),
         dtype=draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16))),
         generator=draw(st.integers(0, 2**32 - 1)),
@@ -118,14 +118,18 @@ def _same_row(policy: EvictionPolicy, cache: StoreCache, twin: OrderedCache, cas
                 f"{where}, head {head}: the store holds positions {sorted(one)}, and should hold {sorted(two)}"
             )
         return False
-    row = cache.layers.index(twin.layer) * cache.script.requests + twin.request
-    store = cache.store
-    order = store.order.flatten(0, 1)[row].to(torch.int64)[:, : twin.positions.shape[2]]
-    for index, (held, mirrored) in enumerate(zip(store.bands[0].state, twin.state, strict=True)):
+    store, layer, row = cache.store, cache.layers.index(twin.layer), twin.request
+    order = store.slots(store.rows_of(layer)).order[row].to(torch.int64)[:, : twin.positions.shape[2]]
+    free = twin.positions[0] < 0
+    state = store.state_of(store.bands[0], store.bands[0].layer(layer))
+    for index, (held, mirrored) in enumerate(zip(state, twin.state, strict=True)):
         if held is None or mirrored is None:
             continue
         pairs = [
-            *((t[row].gather(-1, order), u[0]) for t, u in zip(held.slots, mirrored.slots, strict=True)),
+            *(
+                (t[row].gather(-1, order).masked_fill(free, 0), u[0].masked_fill(free, 0))
+                for t, u in zip(held.slots, mirrored.slots, strict=True)
+            ),
             *((t[row], u[0]) for t, u in zip(held.rows, mirrored.rows, strict=True)),
         ]
         for found_state, known in pairs:

@@ -140,7 +140,7 @@ class StoreCache:
     def kept(self, layer: int, request: int) -> tuple[frozenset[int], ...]:
         """Return the positions that each head of a row holds; some may not be settled yet."""
         self.store.settle()
-        heads = self.store.positions[self.layers.index(layer), request].tolist()
+        heads = self.store.in_order(self.layers.index(layer))[request].tolist()
         return tuple(frozenset(head) - {-1} for head in heads)
 
 
@@ -161,6 +161,8 @@ class OrderedCache:
         self.values, self.positions = self.keys, torch.zeros(1, heads, 0, dtype=torch.int32)
         self.queries = torch.zeros(1, heads * script.group, 0, 4, dtype=script.dtype)
         self.seen = self.prompt = self.evictions = self.fresh = 0
+        plan = like.plan
+        self.budgets = torch.tensor([plan.heads or (plan.budget,) * heads])
         self.state = policy.init(self._spec(0), 1)
 
     def step(self, tokens: Tokens, count: int, decoding: bool, asked: bool, due: bool) -> Case | None:
@@ -182,6 +184,8 @@ class OrderedCache:
         view = self._view(due)
         keep, after = self.policy.select(view, self.state)
         case = Case(view, self.state, keep, after)
+        if view.sharing is not None:
+            self.budgets = keep.mask.sum(-1)
         self._drop(keep, after)
         self.fresh, self.evictions = 0, self.evictions + due
         return case
@@ -193,23 +197,28 @@ class OrderedCache:
 
     def _view(self, due: bool) -> View:
         plan, (_, heads, size) = self.like.plan, self.positions.shape
-        budget = plan.budget if due else size
+        lengths = (self.positions >= 0).sum(-1)
+        budget = self.budgets if due else lengths
+        again = plan.refresh is not None and self.evictions % plan.refresh == 0
+        sharing = plan.shared and due and (not self.evictions or again)
         window = plan.window
         queries = self.queries[:, :, max(0, self.queries.shape[2] - window) :]
         absent = window - queries.shape[2]
         asked = torch.arange(self.seen - queries.shape[2], self.seen)
         asked = torch.cat([torch.full((absent,), -1), asked]).to(torch.int32)[None]
         queries = torch.cat([queries.new_zeros(1, queries.shape[1], absent, 4), queries], 2)
-        order = torch.arange(size).expand(1, heads, size)
-        whole = torch.tensor([[size]]).expand(1, heads)
+        slots = torch.arange(size).expand(1, heads, size)
+        order = torch.where(self.positions < 0, torch.iinfo(torch.int32).max, self.positions).argsort(
+            dim=-1, stable=True
+        )
         return View(
             keys=self.keys,
             values=self.values,
             positions=self.positions,
             order=order.to(torch.int32),
-            fresh=order[:, :, size - self.fresh :],
-            budget=torch.full_like(whole, budget),
-            lengths=whole,
+            fresh=slots[:, :, size - self.fresh :],
+            budget=budget,
+            lengths=lengths,
             seen=torch.tensor([self.seen]),
             prompt_length=torch.tensor([self.prompt]),
             evictions=torch.tensor([self.evictions]),
@@ -217,26 +226,33 @@ class OrderedCache:
             seed=torch.tensor([3 * self.request]),
             layer=torch.tensor([self.layer]),
             recent=plan.recent,
-            max_budget=budget,
-            max_victims=max(0, size - budget),
+            max_budget=int((lengths if sharing else budget).max()),
+            max_victims=max(0, int((lengths if sharing else lengths - budget).max())),
             queries=queries if window else None,
             query_positions=asked if window else None,
             num_layers=self.like.script.layers,
             num_heads=heads,
             scaling=self.like.logits.scaling,
+            sharing=torch.tensor([True]) if sharing else None,
         )
 
     def _drop(self, keep: Keep, state: State) -> None:
-        count = int(keep.mask[0, 0].sum())
-        at = keep.mask.nonzero()[:, 2].view(1, -1, count)  # ascending, which is position order
+        most = int(keep.mask.sum(-1).max())
+        # The slots kept, in position order; heads that keep fewer are filled up.
+        place = torch.where(keep.mask, self.positions, torch.iinfo(torch.int32).max)
+        at = place.argsort(dim=-1, stable=True)[..., :most]
+        free = ~keep.mask.gather(-1, at)
 
         def pick(x: Tensor) -> Tensor:
             return x.gather(2, at.view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:]))
 
+        def remembered(x: Tensor) -> Tensor:
+            return pick(x).masked_fill(free.view(*free.shape, *[1] * (x.dim() - 3)), 0)
+
         self.keys, self.values = pick(self.keys), pick(self.values)
-        self.positions = pick(self.positions)
+        self.positions = pick(self.positions).masked_fill(free, -1)
         self.state = tuple(
-            None if held is None else StageState(tuple(map(pick, held.slots)), held.rows) for held in state
+            None if held is None else StageState(tuple(map(remembered, held.slots)), held.rows) for held in state
         )
 
 

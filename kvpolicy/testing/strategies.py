@@ -15,6 +15,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from kvpolicy.allocators import Allocator, Pyramid, Uniform
 from kvpolicy.guards import Prompt, Sinks, ValueGuard
+from kvpolicy.heads import Adaptive
 from kvpolicy.policy import EvictionPolicy, ModelSpec, Policy
 from kvpolicy.scorers import (
     AccumulatedAttention,
@@ -219,7 +220,9 @@ def scores(draw: DrawFn, view: View) -> Scores:
 def budgets(low: int = 1, high: int = 16) -> SearchStrategy[int | Allocator]:
     """Draw what ``TopK`` takes: slots, or an allocator that shares them out."""
     slots = st.integers(low, high)
-    return st.one_of(slots, st.builds(Uniform, slots), st.builds(Pyramid, slots, st.sampled_from((1, 1.25))))
+    over_heads = st.builds(Adaptive, slots, st.sampled_from((1.0, 0.75)), st.sampled_from((None, 1)))
+    over_layers = st.builds(Pyramid, slots, st.sampled_from((1, 1.25)))
+    return st.one_of(slots, st.builds(Uniform, slots), over_layers, over_heads)
 
 
 def scorers() -> SearchStrategy[Scorer]:

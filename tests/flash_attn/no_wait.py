@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -69,7 +69,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def no_wait() -> Iterator[None]:
+def no_wait() -> Generator[None, None, None]:
     """Raise where the host would wait; checks of the device's values do there what they do on a GPU: not wait."""
     places = ("integrity", "adapters.flash_attn.given", "adapters.flash_attn.pages")
     with mock.patch.multiple(f"kvpolicy.{places[0]}", insist=_told), \

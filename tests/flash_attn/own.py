@@ -45,7 +45,7 @@ class Own:
             )  # fmt: skip
         else:
             self.k, self.v = (torch.full((layers, batch, slots, heads, dim), torch.nan, dtype=dtype) for _ in range(2))
-        self.given = (self.k, self.v)
+        self.given: tuple[Any, Any] = (self.k, self.v)
         if layout not in ("one tensor", "packed", "paged in one"):
             self.given = (list(self.k), list(self.v)) if layers > 1 else (self.k[0], self.v[0])
         self.slots = slots
@@ -73,10 +73,13 @@ class Own:
             for i in range(count):
                 a, b = self.where(r, int(self.seqlens[r]) + i)
                 self.k[layer, a, b], self.v[layer, a, b] = k[r, width - count + i], v[r, width - count + i]
-        if self.state.asks_queries:
-            self.state.observe(layer, q, self.counts)
         after = self.seqlens + torch.tensor(self.counts, dtype=torch.int32)
-        return self.reference.with_kvcache(q, self.k[layer], self.v[layer], cache_seqlens=after, block_table=self.table)
+        out, lse = self.reference.with_kvcache(
+            q, self.k[layer], self.v[layer], cache_seqlens=after, block_table=self.table, return_lse=True
+        )
+        if self.state.asks_queries:
+            self.state.observe(layer, q, self.counts, lse=lse if self.state.lse else None)
+        return out
 
     def end(self, **options: Any) -> Evicted:
         self.seqlens += torch.tensor(self.counts, dtype=torch.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,13 +14,19 @@ from kvpolicy.host import on_device
 from kvpolicy.policies import knorm
 from tests.flash_attn.no_wait import Waited, no_wait
 from tests.flash_attn.own import Own
+from tests.hf.test_heads import POLICIES as HEADS
 from tests.hf.zoo import zoo
 
 ZOO = zoo(24)
 
 
-def new(width: int, rows: int = 2) -> list[torch.Tensor]:
-    return [torch.randn(rows, width, heads, 8) for heads in (4, 2, 2)]
+def given(pages: torch.Tensor, count: int) -> torch.Tensor:
+    return pages[:count]
+
+
+def new(width: int, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = (torch.randn(rows, width, heads, 8) for heads in (4, 2, 2))
+    return q, k, v
 
 
 @pytest.mark.parametrize("counts", [[40, 40], [40, 31]], ids=["even", "uneven"])
@@ -29,8 +37,24 @@ def test_a_flash_cache(name: str, counts: list[int]) -> None:
     with no_wait():
         for width in [40] + [1] * 17 + [5] + [1] * 9:
             for layer in range(2):
-                cache.attend(layer, *new(width), counts=counts if width == 40 else None)
+                cache.attend(layer, *new(width), counts if width == 40 else None)
             cache.step()
+    assert min(cache.receipt().evictions) >= 4
+
+
+@pytest.mark.parametrize("name", ["vase, split", "h2o, split", "vase, adaptive"])
+def test_heads_of_different_budgets(name: str) -> None:
+    """Only the eviction that shares a layer over its heads reads how it was shared."""
+    sizes = {"num_layers": 2, "num_heads": 2, "num_query_heads": 4, "head_dim": 8, "batch_size": 2}
+    with no_wait():  # counts of heads are tensors of the host: let it see them made
+        cache = FlashCache(HEADS[name], dtype=torch.float32, **sizes)
+    shared = nullcontext() if "adaptive" in name else no_wait()
+    for widths, waiting in (([40], shared), ([1] * 17 + [5] + [1] * 9, no_wait())):
+        with waiting:
+            for width in widths:
+                for layer in range(2):
+                    cache.attend(layer, *new(width), [40, 31] if width == 40 else None)
+                cache.step()
     assert min(cache.receipt().evictions) >= 4
 
 
@@ -47,7 +71,7 @@ def test_caches_of_the_caller(name: str, layout: str) -> None:
         own.begin(counts)
         for layer in range(2):
             q, k, v = new(max(counts))
-            observed, own.state.observe = own.state.observe, lambda *_: None  # type: ignore[method-assign]
+            observed, own.state.observe = own.state.observe, lambda *_, **__: None  # type: ignore[method-assign]
             own.attend(layer, q, k, v)
             own.state.observe = observed  # type: ignore[method-assign]
             if own.state.asks_queries:
@@ -57,7 +81,7 @@ def test_caches_of_the_caller(name: str, layout: str) -> None:
         spare = torch.tensor(own.free[-1:])
         with no_wait():
             done = evict_(*own.given, own.seqlens, own.policy, own.state, tokens=counts, block_table=own.table,
-                          page_refs=refs, allocate=lambda _, it=spare: it)  # fmt: skip
+                          page_refs=refs, allocate=partial(given, spare))  # fmt: skip
         if refs is not None and done:
             own.free.pop()
         evictions += any(done.rows)

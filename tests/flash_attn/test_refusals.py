@@ -19,8 +19,9 @@ POLICY = knorm(8, interval=4, recent=2)
 SIZES = {"num_layers": 2, "num_heads": 2, "num_query_heads": 4, "head_dim": 8, "batch_size": 2}
 
 
-def new(width: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(2, width, heads, 8, dtype=dtype) for heads in (4, 2, 2)]
+def new(width: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(2, width, heads, 8, dtype=dtype) for heads in (4, 2, 2))
+    return q, k, v
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_a_cache_that_cannot_be(options: dict[str, Any], words: str) -> None:
 
 def swapped(i: int, make: Callable[[Tensor], Any]) -> Callable[[FlashCache], None]:
     def call(cache: FlashCache) -> None:
-        given: list[Any] = new()
+        given: list[Any] = [*new()]
         given[i] = make(given[i])
         cache.attend(0, *given)
 
@@ -68,8 +69,8 @@ USES: dict[str, Callable[[FlashCache], Any]] = {
     "there are the layers 0 to 1": lambda cache: cache.attend(2, *new()),
     "layer 1 attends twice": twice,
     "other layers of this forward pass": lambda cache: cache.attend(0, *new(3)),
-    "counts=": lambda cache: cache.attend(0, *new(), counts=[0, 1]),
-    "counts names 1 rows": lambda cache: cache.attend(0, *new(), counts=[1]),
+    "counts=": lambda cache: cache.attend(0, *new(), [0, 1]),
+    "counts names 1 rows": lambda cache: cache.attend(0, *new(), [1]),
     "rotary_cos= is not taken": lambda cache: cache.attend(0, *new(), rotary_cos=1),
     "window_size= is not taken": lambda cache: cache.attend(0, *new(), window_size=(4, 0)),
     "alibi_slopes= is not taken": lambda cache: cache.attend(0, *new(), alibi_slopes=1),

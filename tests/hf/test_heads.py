@@ -25,7 +25,8 @@ from kvpolicy import (
     UnsupportedError,
     ValueGuard,
 )
-from kvpolicy.adapters.hf import EvictionCache, replay
+from kvpolicy.adapters.flash_attn.backends.reference import Reference
+from kvpolicy.adapters.hf import EvictionCache, attention, replay
 from kvpolicy.ragged import RaggedStore
 from tests.families import FAMILIES
 from tests.hf.test_oracle import padded, run
@@ -196,6 +197,65 @@ def test_replay_a_fork_and_a_second_turn() -> None:
                 for store in stores(one):
                     store.check_integrity()
             assert (fork.last_logits - cache.last_logits[torch.tensor([1, 0, 1])]).abs().max() <= 1e-9  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["vase, adaptive", "vase, split"])
+@pytest.mark.parametrize("decoded", [5, 10])
+def test_tokens_taken_back_were_never_there(name: str, decoded: int) -> None:
+    """Before the first eviction of decoded tokens, and behind it."""
+    model, tokens, new, policy = tiny("llama", torch.float64), text(1, 50), text(1, 40), POLICIES[name]
+    found = []
+    for taken in (2, 0):
+        with EvictionCache(model, policy) as cache:
+            model(tokens, past_key_values=cache)
+            for ids in new[:, : decoded + taken].split(1, 1):
+                model(ids, past_key_values=cache)
+            if taken:
+                cache.crop(-taken)
+            logits = [model(ids, past_key_values=cache).logits for ids in new[:, decoded : decoded + 5].split(1, 1)]
+            for store in stores(cache):
+                store.check_integrity()
+            found.append((torch.cat(logits), cache.receipt()))
+    assert found[0][1].seen == found[1][1].seen
+    assert (found[0][0] - found[1][0]).abs().max() <= 1e-9
+    for layer in found[0][1].layers:
+        assert torch.equal(found[0][1].positions(layer), found[1][1].positions(layer))
+
+
+def test_tokens_that_were_there_at_an_eviction_are_taken_back() -> None:
+    model, tokens, new = tiny("llama", torch.float64), text(1, 50), text(1, 20)
+    with EvictionCache(model, POLICIES["vase, adaptive"]) as cache:
+        model(tokens, past_key_values=cache)
+        for ids in new[:, :9].split(1, 1):  # evicted after the eighth
+            model(ids, past_key_values=cache)
+        held = [store.held.clone() for store in stores(cache)]
+        cache.crop(-3)
+        for store, before in zip(stores(cache), held, strict=True):
+            store.check_integrity()
+            assert bool((store.held == before - 3).all())
+            assert int(store.positions.max()) == 50 + 9 - 3 - 1
+        model(new[:, 9:10], past_key_values=cache)
+        for store in stores(cache):
+            store.check_integrity()
+
+
+def test_a_kernel_for_all_heads_gives_what_a_call_a_head_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU all heads are one call: here by the reference, which has the kernel's signature."""
+    model, tokens, new = tiny("llama", torch.float64), text(2, 50), text(2, 40)
+    found, calls = [], []
+
+    def kernel(*known: Any) -> Reference:
+        calls.append(known)
+        return Reference()
+
+    for _ in range(2):
+        with EvictionCache(model, POLICIES["vase, adaptive"]) as cache:
+            logits = [model(tokens, past_key_values=cache).logits[:, -1]]
+            logits += [model(ids, past_key_values=cache).logits[:, -1] for ids in new.split(1, 1)]
+            found.append(torch.stack(logits))
+        monkeypatch.setattr(attention, "_kernel", kernel)
+    assert len(calls) == 40 * len(model.model.layers)
+    assert (found[0] - found[1]).abs().max() <= 1e-9
 
 
 REFUSED: dict[str, tuple[type[Exception], str, Any, dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from kvpolicy import (
     AccumulatedAttention,
+    Adaptive,
     Attention,
     Constant,
     EvictionPolicy,
@@ -10,6 +11,7 @@ from kvpolicy import (
     LastQuery,
     Leverage,
     Normalize,
+    PerHead,
     PerLayer,
     Policy,
     Prompt,
@@ -51,6 +53,13 @@ ZOO = {
 }
 
 COMPOSED = {
+    "adaptive": Policy(Attention(4, over="all") >> TopK(Adaptive(BUDGET)), interval=4, recent=3),
+    "adaptive, shared again": Policy(
+        AccumulatedAttention(4) >> ValueGuard(0.25) >> Stochastic() >> TopK(Adaptive(BUDGET, 0.5, refresh=2)),
+        interval=4,
+        recent=3,
+    ),
+    "split heads": Policy(Recency() >> Sinks(2) >> TopK(PerHead((14, 7))), interval=4, recent=3),
     "all guards": Policy(
         Recency() >> Prompt(0.5) >> Sinks(2) >> ValueGuard(0.5, "l2") >> TopK(8), interval=1, recent=2
     ),
