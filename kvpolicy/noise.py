@@ -23,11 +23,11 @@ _GOLDEN = 0x1E3779B1  # odd, below 2**31: a product with a 32-bit word stays bel
 
 def _mix(x: Tensor) -> Tensor:
     """Scramble 32-bit words: the two-round integer finaliser of Wellons' hash prospector."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
-    x = x ^ (x >> 15)
+    x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_MASK)
+    x ^= x >> 15
     # 0x846CA68B does not fit into 31 bits: multiply by its halves.
-    x = ((x * 0xA68B) + (((x * 0x846C) & 0xFFFF) << 16)) & _MASK
+    high = (x * 0x846C).bitwise_and_(0xFFFF).bitwise_left_shift_(16)
+    x = x.mul_(0xA68B).add_(high).bitwise_and_(_MASK)
     return x ^ (x >> 16)
 
 
@@ -81,12 +81,12 @@ def uniform_bits(key: tuple[Tensor, Tensor], counter: Tensor) -> Tensor:
 
 def _unit(bits: Tensor) -> Tensor:
     """Map 32 bits to float64 inside (0, 1), both ends excluded."""
-    return (bits.to(torch.float64) + 0.5) * 2.0**-32
+    return bits.to(torch.float64).add_(0.5).mul_(2.0**-32)
 
 
 def gumbel(key: tuple[Tensor, Tensor], counter: Tensor) -> Tensor:
     """Return standard Gumbel numbers, float64: ``-log(-log(1 - u))``, with ``u`` of 32 bits, from -3.1 to 22.9."""
-    return -torch.log(-torch.log1p(-_unit(uniform_bits(key, counter))))
+    return _unit(uniform_bits(key, counter)).neg_().log1p_().neg_().log_().neg_()
 
 
 def normal(key: tuple[Tensor, Tensor], counter: Tensor) -> Tensor:

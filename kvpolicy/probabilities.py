@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvpolicy.log_sum_exp import LOG2_E, received_by_lse
+from kvpolicy.log_sum_exp import received_by_lse
+from kvpolicy.tiles import LOG2_E, logits_, pieces, reduced, tile
 from kvpolicy.view import View
 
 __all__ = ["blocks", "received"]
@@ -65,62 +66,78 @@ def received(
         return received_by_lse(view, queries, query_positions, lse, weight, reduce=reduce)
     b, h, s = view.shape
     window, dim = queries.shape[2], queries.shape[3]
-    group = queries.shape[1] // h
-    dtype = view.compute_dtype
-    keys, positions = view.keys.flatten(0, 1), view.positions.flatten(0, 1)[:, None]
+    group, dtype = queries.shape[1] // h, view.compute_dtype
+    item = torch.finfo(dtype).bits // 8
+    keys, positions, inside = (t.flatten(0, 1) for t in (view.keys, view.positions, chosen))
     asked = queries.reshape(b * h, group, window, dim)
-    asked_at = query_positions.repeat_interleave(h, 0)[..., None]
-    inside = chosen.flatten(0, 1)[..., None]
-    bias = torch.where(chosen, 0.0, _MASKED).to(dtype).flatten(0, 1)[:, None]
+    asked_at = query_positions.repeat_interleave(h, 0) if causal else None
+    hidden = ~inside if asked_at is None else ~inside | (positions > asked_at.amin(1, keepdim=True))
     weights = weight.to(dtype).repeat_interleave(h, 0)[:, None]
     sinks = None
     if view.sink_logits is not None:
         sinks = view.sink_logits.reshape(b * h, group, 1, 1).to(dtype) * (LOG2_E / temperature)
-    out = torch.zeros(b * h, 1, s, dtype=dtype, device=keys.device)
-    bytes_per_query = group * s * torch.finfo(dtype).bits // 8
-    several = max(1, min(window, view.workspace // 8 // bytes_per_query))
-    scratch = out.new_empty(0)
-    for at in blocks(view, several * bytes_per_query):
-        # Whatever else the slots hold is not read: nan plus a bias would still be nan.
-        held = keys[at].to(dtype).masked_fill(~inside[at], 0).transpose(1, 2)
-        received_here = out[at]
-        for some in (slice(first, first + several) for first in range(0, window, several)):
+    out = torch.zeros(b * h, s, dtype=dtype, device=keys.device)
+    several = max(1, min(window, view.workspace // 8 // (group * s * item)))
+    pairs, columns = tile(view, (several * group + dim) * item)
+    on_cpu = keys.device.type == "cpu"
+    scratch = out.new_empty(min(pairs, b * h) * several * group * s)
+    for at in pieces(b * h, pairs):
+        for some in pieces(window, several):
             now = asked[at, :, some].flatten(1, 2).to(dtype)
             n, lines = now.shape[:2]
-            if not scratch.numel():  # the first block is the largest; pages are touched once, not in every block
-                scratch = out.new_empty(n * lines * s)
-            logits = scratch[: n * lines * s].view(n, lines, s)
-            by_query = (n, group, lines // group, s)
-            _logits(view, now, held, bias[at], temperature, logits)
-            future = (positions[at] > asked_at[at, some])[:, None] if causal else None
-            if future is not None:
-                logits.view(by_query).masked_fill_(future, _MASKED)
+            powers, highest, total = [], [], []
+            for where in pieces(s, columns):
+                logits = scratch[n * lines * where.start : n * lines * where.stop].view(n, lines, -1)
+                held = keys[at, where].to(dtype, copy=on_cpu)  # a product reads keys more than once: from caches
+                logits_(logits, view, now, held, temperature)
+                if (span := _span(hidden[at, where], where)) is not None:
+                    mask = ~inside[at, None, span]
+                    if asked_at is not None:
+                        mask = mask | (positions[at, None, span] > asked_at[at, some, None])
+                    there = logits[..., span.start - where.start : span.stop - where.start]
+                    # Filled, and not biased: whatever else the slots hold is not read, not even nan.
+                    there.view(n, group, lines // group, -1).masked_fill_(mask[:, None], _MASKED)
+                highest.append(logits.amax(-1, keepdim=True))
+                powers.append(logits.sub_(highest[-1]).exp2_())
+                total.append(logits.sum(-1, keepdim=True))
             further = None if sinks is None else sinks[at].expand(-1, -1, lines // group, -1).flatten(1, 2)
-            total = _powers(logits, further)
-            if future is not None:  # a query older than every slot pays nothing
-                logits.view(by_query).masked_fill_(future, 0)
-            # Queries are weighed and divided at once: their powers are read once more, and not written.
-            weighs = weights[at, :, some].repeat(1, 1, group) / total.mT
-            if reduce == "max":
-                received_here.copy_(received_here.maximum(logits.mul_(weighs.mT).amax(1, keepdim=True)))
-            else:
-                received_here.baddbmm_(weighs / group, logits)
+            factors = _factors(torch.stack(highest), torch.stack(total), further).view(-1, n, 1, lines)
+            factors.view(-1, n, group, lines // group).mul_(weights[at, :, some])
+            for where, held, factor in zip(pieces(s, columns), powers, factors, strict=True):
+                found = reduced(held, factor, group, reduce)
+                before = out[at, where]
+                before.copy_(before.maximum(found)) if reduce == "max" else before.add_(found)
     return torch.where(chosen, out.view(b, h, s), 0)
 
 
-def _logits(view: View, asked: Tensor, keys: Tensor, bias: Tensor, temperature: float, out: Tensor) -> None:
-    """Write the logits of ``[N, Q, D]`` queries and ``[N, D, S]`` keys into ``out``, over the logarithm of 2."""
-    if view.softcap is None:
-        torch.baddbmm(bias.expand_as(out), asked, keys, alpha=view.scaling * LOG2_E / temperature, out=out)
-        return
-    torch.bmm(asked, keys, out=out)
-    out.mul_(view.scaling / view.softcap).tanh_().mul_(view.softcap * LOG2_E / temperature).add_(bias)
+def _span(hidden: Tensor, columns: slice) -> slice | None:
+    """Return the columns that a mask has to be laid over, of those of ``hidden``, ``[N, C]``, or None.
+
+    Only a CPU can look for them. Other devices would have to wait, and a compiled graph would have shapes that
+    depend on data: these mask every column.
+    """
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return columns
+    found = hidden.any(0).nonzero()
+    return slice(columns.start + int(found[0]), columns.start + int(found[-1]) + 1) if len(found) else None
 
 
-def _powers(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    """Replace logits by ``2 ** (logit - highest)``, and return their sums, ``[N, Q, 1]``, with a sink's where it is."""
-    highest = logits.amax(-1, keepdim=True)
+def _factors(highest: Tensor, total: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return what turns ``2 ** (logit - highest)`` into probabilities, where each tile has a highest of its own.
+
+    Args:
+        highest: ``[tiles, N, Q, 1]``.
+        total: ``[tiles, N, Q, 1]``, sums of the powers.
+        sinks: ``[N, Q, 1]``, a logit that adds to the sum, or None.
+
+    Returns:
+        ``[tiles, N, Q, 1]``, 0 for a query that sees nothing.
+    """
+    overall = highest.amax(0)
     if sinks is not None:
-        highest = torch.maximum(highest, sinks)
-    total = logits.sub_(highest).exp2_().sum(-1, keepdim=True)
-    return total if sinks is None else total + torch.exp2(sinks - highest)
+        overall = torch.maximum(overall, sinks)
+    scale = torch.exp2(highest - overall)
+    whole = (scale * total).sum(0)
+    if sinks is not None:
+        whole = whole + torch.exp2(sinks - overall)
+    return scale.masked_fill_(highest <= _MASKED, 0).div_(whole)

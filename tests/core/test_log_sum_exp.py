@@ -22,7 +22,7 @@ from kvpolicy import (
     TopK,
     UsageError,
     View,
-    log_sum_exp,
+    tiles,
 )
 from kvpolicy.eviction import LogitSpec, evict, fill_from
 from kvpolicy.probabilities import received
@@ -80,7 +80,7 @@ def score(stage: Scorer, view: View) -> Tensor:
 @pytest.fixture(params=["one block", "blocks of columns"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "blocks of columns":
-        monkeypatch.setattr(log_sum_exp, "_CPU_BLOCK", 700)
+        monkeypatch.setattr(tiles, "_CPU_TILE", 700)
 
 
 MODELS: list[dict[str, Any]] = [{}, {"softcap": 1.5}, {"sinks": True}, {"free": "nan", "spare": 9}]

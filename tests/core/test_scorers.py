@@ -36,6 +36,7 @@ from kvpolicy import (
     ValueNorm,
     View,
     maximum,
+    tiles,
 )
 from tests.core.views import view_of
 
@@ -77,8 +78,22 @@ def close(found: Scores, expected: Tensor, where: Tensor | None = None) -> None:
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("extra", [{}, {"softcap": 1.5}, {"sink_logits": torch.randn(B, H * G, generator=GEN)}])
-def test_attention(over: str, reduce: str, temperature: float, extra: dict[str, object]) -> None:
-    view = dataclasses.replace(VIEW, **extra)
+@pytest.mark.parametrize(
+    ("tile", "workspace"),
+    [(2**20, 2**20), (1100, 2**20), (2**20, 9216)],
+    ids=["one tile", "tiles of 5 slots", "tiles of 2 queries and 10 slots"],
+)
+def test_attention(
+    over: str,
+    reduce: str,
+    temperature: float,
+    extra: dict[str, object],
+    tile: int,
+    workspace: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "_CPU_TILE", tile)
+    view = dataclasses.replace(VIEW, workspace=workspace, **extra)
     stage = Attention(W, pool=1, over=over, reduce=reduce, temperature=temperature)
     p = probabilities(view, view.candidates if over == "candidates" else view.valid, temperature)
     expected = p.mean((2, 3)) if reduce == "mean" else p.amax((2, 3))
@@ -93,6 +108,16 @@ def test_attention_asks_the_newest_queries_and_leaves_absent_ones_out() -> None:
         score(Attention(W, pool=1), absent),
         probabilities(VIEW, VIEW.candidates)[:, :, :, 2:].mean((2, 3)),
     )
+
+
+@pytest.mark.parametrize("tile", [2**20, 1100])
+def test_a_query_older_than_every_slot_pays_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "_CPU_TILE", tile)
+    old = torch.arange(W).int().expand(B, -1)
+    view = dataclasses.replace(VIEW, query_positions=old, positions=VIEW.positions + 3, seen=VIEW.seen + 3)
+    expected = probabilities(view, view.valid)
+    assert not expected[:, :, :, :3].any()
+    close(score(Attention(W, pool=1, over="all"), view), expected.mean((2, 3)), view.valid)
 
 
 def test_pooling_means_neighbours_in_position() -> None:
