@@ -259,8 +259,7 @@ class RaggedStore(Store):
 
     def insist_on_room(self, counts: Sequence[int], behind: Sequence[int] | None = None) -> list[int]:
         """Return how many slots the longest head of each row holds; see :meth:`Store.insist_on_room`."""
-        after = self.held + torch.tensor(list(counts))[:, None]
-        if bool((after > self.budgets + self.slack).any()):
+        if bool((self.held + torch.tensor(list(counts))[:, None] > self.budgets + self.slack).any()):
             raise UsageError(
                 f"a head holds {self.longest} slots and cannot take {max(counts)} more tokens: it was not evicted "
                 "when it was due, or only the end of a turn evicts; bind the policy with a larger max_new_tokens"

@@ -127,7 +127,7 @@ def ragged_attention(query: Tensor, store: RaggedStore, index: int, scale: float
         logits = LogitSpec(scaling=query.shape[-1] ** -0.5 if scale is None else scale)
         return attend_decoded(kernel, store, index, query.transpose(1, 2), logits, lse=False)[0]
     heads = [
-        F.scaled_dot_product_attention(asked[None], keys[None], values[None], scale=scale)[0]
+        F.scaled_dot_product_attention(asked[None, None], keys[None, None], values[None, None], scale=scale)[0, 0]
         for row, held in zip(query.unflatten(1, (store.spec.num_heads, -1)), store.heads_of(index), strict=True)
         for asked, (keys, values) in zip(row[:, :, 0], held, strict=True)
     ]
