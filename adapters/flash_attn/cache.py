@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,7 +13,15 @@ from kvpolicy.adapters import planning
 from kvpolicy.adapters.flash_attn import arguments, by_head
 from kvpolicy.adapters.flash_attn.backends import TABLE, Backend, select_backend
 from kvpolicy.adapters.flash_attn.backends.checks import refuse_unknown
-from kvpolicy.adapters.flash_attn.groups import Group, follow, layers_by_plan, made_store, new_rows, packed_places
+from kvpolicy.adapters.flash_attn.groups import (
+    Group,
+    check_neighbours,
+    follow,
+    layers_by_plan,
+    made_store,
+    new_rows,
+    packed_places,
+)
 from kvpolicy.errors import UsageError
 from kvpolicy.eviction import LogitSpec, evict_due
 from kvpolicy.host import on_device
@@ -68,9 +77,9 @@ class FlashCache:
         workspace: bytes that the temporaries of one eviction may take.
 
     Raises:
-        BindError: the policy cannot be followed, or its plan does not fit.
+        BindError: the policy cannot be followed, its plan does not fit, or there is no such device.
         UnsupportedError: no backend can serve these tensors.
-        ParameterError: a size that is none.
+        ParameterError: a size, a dtype, a scale or a cap that is none.
 
     Example:
         >>> import torch
@@ -115,7 +124,9 @@ class FlashCache:
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "num_query_heads": num_query_heads}
         sizes |= {"head_dim": head_dim, "value_dim": value_dim, "batch_size": batch_size, "workspace": workspace}
         arguments.check_sizes("FlashCache", sizes)
-        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
+        arguments.check_logits("FlashCache", scaling, softcap)
+        arguments.check_dtype("FlashCache", dtype)
+        device = arguments.device_of("FlashCache", device)
         needs = {"strided"} | ({"row_lengths"} if batch_size > 1 else set())
         needs |= {"softcap"} if softcap is not None else set()
         needs |= {"value_dim"} if value_dim != head_dim else set()
@@ -167,7 +178,7 @@ class FlashCache:
             width: columns of the next forward pass.
             counts: tokens of each row, its last columns; all of them by default.
         """
-        given = arguments.check_counts(counts, self.batch_size, width)
+        given = arguments.check_counts(counts, self.batch_size, arguments.checked_width(width))
         return arguments.positions(self.seen, width, given, self.groups[0].store.spec.device)
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -221,7 +232,7 @@ class FlashCache:
                 room; nothing was modified.
             UnsupportedError: an argument that a cache without order cannot honour.
         """
-        refuse_unknown(unknown)
+        refuse_unknown(unknown, arguments.ATTEND)
         group = self._group(layer)
         arguments.check_tokens(q, k, v, group.store.spec, self.batch_size)
         given = arguments.check_counts(counts, self.batch_size, q.shape[1])
@@ -385,13 +396,16 @@ class FlashCache:
             UsageError: a row does not exist, or follows another policy; nothing was modified.
         """
         self._check_between("reorder()")
-        named = torch.tensor(arguments.host_integers("reorder", rows, self.batch_size))
+        numbers = arguments.host_integers("reorder", rows, self.batch_size)
+        named = torch.tensor(numbers)
+        for group in self.groups:
+            check_neighbours(group.store, numbers)
         for group in self.groups:
             group.store.check_reorder(named)
         for group in self.groups:
             group.store.reorder(named)
 
-    def fork(self, rows: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> FlashCache:
+    def fork(self, rows: Sequence[int] | Tensor | None = None, *, seeds: Sequence[int] | None = None) -> FlashCache:
         """Return a cache that goes on from the same tokens, with memory of its own.
 
         Args:
@@ -402,8 +416,8 @@ class FlashCache:
             UsageError: there is no such row, or a forward pass is open.
         """
         self._check_between("fork()")
-        named = list(range(self.batch_size)) if rows is None else list(rows)
-        if not named or not all(isinstance(r, int) and 0 <= r < self.batch_size for r in named):
+        named = list(range(self.batch_size)) if rows is None else arguments.host_integers("fork", rows, None)
+        if not named or not all(0 <= r < self.batch_size for r in named):
             raise UsageError(f"fork({rows!r}): name some of the rows 0 to {self.batch_size - 1}, as fork([0, 0])")
         given = planning.integers("seeds", seeds)
         if given is not None and len(given) != len(named):
@@ -417,6 +431,14 @@ class FlashCache:
             for r, seed in enumerate(given or []):
                 group.store.rows[r].seed = seed
         return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlashCache:
+        """Return a fork of all rows."""
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied without memory of its own."""
+        raise UsageError("two copies of a FlashCache would write the same slots: write cache.fork()")
 
     # Proof
 

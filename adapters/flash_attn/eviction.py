@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpolicy.adapters.flash_attn import given, pages
 from kvpolicy.adapters.flash_attn.memory import Dense, Paged
 from kvpolicy.adapters.flash_attn.state import EvictionState, lengths_on_device
+from kvpolicy.errors import UsageError
 from kvpolicy.eviction import due_rows, evict
 from kvpolicy.policy import EvictionPolicy
 
@@ -76,16 +77,20 @@ def evict_(
         Which rows were cut, and which pages they gave up.
 
     Raises:
+        BindError: the policy is none; nothing was modified.
         UsageError: something does not fit together; nothing was modified. What only the device knows
             (lengths, pages) stops the device instead, where that is a GPU.
 
     Example:
         See :class:`EvictionState`.
     """
+    given.check_state(state, policy)
     state.check_whole()
     store, before = state.store, state.store.rows
     given.check_policy(policy, state)
     keys, values = given.caches(k_cache, v_cache, state, paged=block_table is not None)
+    if block_table is None and page_refs is not None:
+        raise UsageError("page_refs= counts the pages of a block_table, and none was given: write block_table=, too")
     counts = given.tokens(tokens, state)
     asked = any(counts)
     turn = not (set(counts) == {1} and min(state.seen) > 0)

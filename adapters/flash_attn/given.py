@@ -8,23 +8,43 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from kvpolicy.adapters import planning
 from kvpolicy.adapters.flash_attn import arguments
+from kvpolicy.adapters.flash_attn.cache import FlashCache
+from kvpolicy.adapters.flash_attn.groups import ADAPTER
+from kvpolicy.adapters.flash_attn.sharing import crossing, overlaps
 from kvpolicy.adapters.flash_attn.state import EvictionState
 from kvpolicy.errors import UsageError
 from kvpolicy.host import insist, on_device
 from kvpolicy.policy import EvictionPolicy
 
-__all__ = ["caches", "check_lengths", "check_policy", "tokens"]
+__all__ = ["caches", "check_lengths", "check_policy", "check_state", "tokens"]
+
+
+def check_state(state: object, policy: object) -> None:
+    """Refuse what is no state.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(policy, EvictionState):
+        _refuse("policy is an EvictionState: the order is evict_(k_cache, v_cache, cache_seqlens, policy, state)")
+    if isinstance(state, FlashCache):
+        _refuse("state is a FlashCache, which evicts from slots of its own in step(); make an EvictionState for yours")
+    if not isinstance(state, EvictionState):
+        _refuse(f"state is {state!r}: make one, EvictionState(policy, slots=..., ...), and give the same one each time")
 
 
 def check_policy(policy: EvictionPolicy | Sequence[EvictionPolicy], state: EvictionState) -> None:
     """Refuse a policy that the state was not made with.
 
     Raises:
+        BindError: it is no policy.
         UsageError: it is another one.
     """
     policies = tuple(policy) if isinstance(policy, Sequence) else (policy,) * state.batch_size
     if policies != state.policies:
+        planning.checked(policy, ADAPTER)
         _refuse(f"the state remembers for {state.policies[0]!r}, and evict_ was given {policy!r}: make a new state")
 
 
@@ -56,6 +76,15 @@ def caches(
     starts = [t.data_ptr() for t in (*keys, *values)]
     if len(set(starts)) < len(starts):
         _refuse("two of the caches begin at the same address: every layer has keys of its own, and values of its own")
+    pair = crossing([*keys, *values])
+    if pair is not None:
+        names = [f"{name}[{i}]" if keys[1:] else name for name in ("k_cache", "v_cache") for i in range(len(keys))]
+        one, other = (names[i] for i in pair)
+        _refuse(
+            f"{one} and {other} share memory, or lie between each other in no even way: an eviction in one would "
+            "overwrite the other; give tensors apart, or views of equal strides, as both[..., 0, :, :] and "
+            "both[..., 1, :, :]; nothing was modified"
+        )
     return keys, values
 
 
@@ -70,6 +99,8 @@ def _pieces(
 ) -> list[Tensor]:
     layout = "[blocks, page, Hkv, D]" if paged else "[B, S, Hkv, D]"
     whole = isinstance(cache, Tensor) and cache.dim() == 5
+    if not isinstance(cache, Tensor | Sequence) or isinstance(cache, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        _refuse(f"{name} is {cache!r}; it is a tensor {layout}, a list of one a layer, or [L, ...]")
     layers = [cache] if isinstance(cache, Tensor) and not whole else list(cache)
     if len(layers) != count:
         _refuse(
@@ -83,13 +114,13 @@ def _pieces(
         lead = tuple(one.shape[:2]) if paged else (state.batch_size, spec.capacity)
         if tuple(one.shape) != (*lead, *heads_last) or one.shape[0] == 0 or one.shape[1] == 0:
             _refuse(
-                f"{name} has shape {tuple(one.shape)}, and the state makes it {(*lead, *heads_last)}: {layout}; for "
-                "transformers' layout give cache.transpose(1, 2)"
+                f"{name} has shape {tuple(one.shape)}, and the state makes it {(*lead, *heads_last)}: {layout}; "
+                + _instead(tuple(one.shape), (*lead, *heads_last))
             )
         arguments.check_kind(name, one, spec)
         if one.is_inference() and not torch.is_inference_mode_enabled():
             _refuse(f"{name} was made under torch.inference_mode(), and can be modified only there: call evict_ there")
-    if any(_overlaps(one) for one in ([cache] if isinstance(cache, Tensor) else layers)):
+    if any(overlaps(one) for one in ([cache] if isinstance(cache, Tensor) else layers)):
         _refuse(f"{name} has strides {layers[0].stride()}: several slots share memory; make it contiguous()")
     if whole and isinstance(cache, Tensor):
         rows_even = paged or cache.stride(0) == cache.shape[1] * cache.stride(1) or 1 in cache.shape[:2]
@@ -97,15 +128,15 @@ def _pieces(
     return [one[None] for one in layers]
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    """Return whether two elements may share memory: no axis may begin anew before the smaller ones have ended."""
-    end = 0
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= end:
-                return True
-            end += stride * (size - 1)
-    return False
+def _instead(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Return what to write where a cache has another shape than the state expects."""
+    if found[2:] != expected[2:] and (found[1], found[3]) == expected[2:]:
+        return "this is transformers' layout: give cache.transpose(1, 2)"
+    if 0 in found:
+        return "it has nothing in it"
+    if found[2:] != expected[2:]:
+        return "heads or their size are others: make the state with those of the cache"
+    return f"make the state with batch_size={found[0]}, slots={found[1]}, or give block_table= if these are pages"
 
 
 def tokens(given: int | Sequence[int] | None, state: EvictionState) -> list[int]:
@@ -148,8 +179,10 @@ def check_lengths(cache_seqlens: Tensor, lengths: Sequence[int], state: Eviction
     """
     spec = state.store.spec
     if max(lengths) > spec.capacity:
+        what = "this forward pass" if any(state.seen) else "the prompt"
         _refuse(
-            f"a row has {max(lengths)} tokens, and there are {spec.capacity} slots: it was not evicted when it was due"
+            f"{what} needs {max(lengths)} slots of a row, and there are {spec.capacity}: make the caches and the state "
+            "with more slots, or give a long prompt in several passes; nothing was modified"
         )
     if not isinstance(cache_seqlens, Tensor) or tuple(cache_seqlens.shape) != (state.batch_size,):  # pyright: ignore[reportUnnecessaryIsInstance]
         _refuse(f"cache_seqlens is {cache_seqlens!r}; it is int32 [B], here of {state.batch_size} rows")
@@ -158,9 +191,16 @@ def check_lengths(cache_seqlens: Tensor, lengths: Sequence[int], state: Eviction
             f"cache_seqlens is {cache_seqlens.dtype} on {cache_seqlens.device}; kernels read int32, here on "
             f"{spec.device}"
         )
+    if overlaps(cache_seqlens):
+        _refuse(
+            f"cache_seqlens has strides {cache_seqlens.stride()}: rows share memory, and each one's length is written "
+            "by itself; write cache_seqlens.contiguous()"
+        )
+    found = f"{cache_seqlens.tolist()}, " if spec.device.type == "cpu" else ""  # a GPU would have to be waited for
     error = UsageError(
-        f"cache_seqlens is not {list(lengths)}, which is what the state has counted, the new tokens among them: write "
-        "cache_seqlens += 1 for each decoded token, and give tokens= where it is another number; nothing was modified"
+        f"cache_seqlens is {found}not {list(lengths)}, which is what the state has counted, the new tokens among them: "
+        "write cache_seqlens += 1 for each decoded token, and give tokens= where it is another number; nothing was "
+        "modified"
     )
     insist((cache_seqlens == on_device(lengths, spec.device, torch.int32)).all(), error)
 

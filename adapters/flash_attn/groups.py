@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters import planning
-from kvpolicy.errors import BindError
+from kvpolicy.errors import BindError, UsageError
 from kvpolicy.growing import GrowingStore
 from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
@@ -18,7 +18,16 @@ from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
 
-__all__ = ["ADAPTER", "Group", "follow", "layers_by_plan", "made_store", "new_rows", "packed_places"]
+__all__ = [
+    "ADAPTER",
+    "Group",
+    "check_neighbours",
+    "follow",
+    "layers_by_plan",
+    "made_store",
+    "new_rows",
+    "packed_places",
+]
 
 ADAPTER = "the flash_attn adapter"
 
@@ -110,6 +119,26 @@ def made_store(
     if not plans:
         return GrowingStore(spec, layers, rows)
     return new_store(policies, plans, spec, layers, rows, lse=lse)
+
+
+def check_neighbours(store: Store, rows: Sequence[int]) -> None:
+    """Refuse to make a row one that follows an equal policy, but among other rows of the batch.
+
+    Args:
+        store: whose rows are replaced.
+        rows: the row that each becomes.
+
+    Raises:
+        UsageError: rows under one policy do not stand next to each other, and one becomes another.
+    """
+    bands = [next((b for b in store.bands if b.first <= r < b.stop), None) for r in range(len(store.rows))]
+    for place, row in enumerate(rows):
+        mine, other = bands[place], bands[row] if 0 <= row < len(bands) else None
+        if mine is not None and other is not None and mine is not other and mine.policy == other.policy:
+            raise UsageError(
+                f"reorder({list(rows)}): row {place} cannot become row {row}: both follow {mine.policy!r}, and rows "
+                "of another policy lie between; let rows under one policy stand next to each other in the batch"
+            )
 
 
 def packed_places(store: Store, width: int, counts: Sequence[int]) -> Tensor | None:

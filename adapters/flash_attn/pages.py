@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.adapters.flash_attn.sharing import overlaps
 from kvpolicy.adapters.flash_attn.state import EvictionState
 from kvpolicy.errors import UsageError
 from kvpolicy.host import insist, on_device, sent
@@ -56,7 +57,17 @@ class Book:
                 f"block_table has {table.shape[1]} pages of {self.sizes[1]} slots for each row, and the state was made "
                 f"for {spec.capacity} slots"
             )
+        if overlaps(table):
+            raise UsageError(
+                f"block_table has strides {table.stride()}: rows share memory, and an eviction may write one of them; "
+                "write block_table.contiguous()"
+            )
         refs = self._host_refs()
+        for row, length in zip(refs or [], self.lengths, strict=False):
+            if min(row[: self._pages(length)], default=1) < 1:
+                raise UsageError(
+                    f"page_refs={row}: a page in use is held by its row at least, so that it counts 1 or more"
+                )
         if not any(self.due):
             return
         blocks, device = self.sizes[0], table.device
@@ -94,9 +105,17 @@ class Book:
                 raise UsageError(f"page_refs is on {refs.device}, and would have to be waited for: keep it on the CPU")
             refs = refs.tolist()
         shape = tuple(self.table.shape)
-        if len(refs) != shape[0] or any(len(row) != shape[1] for row in refs):
+        rows = list(refs) if isinstance(refs, Sequence) else [refs]
+        if not all(isinstance(row, Sequence) and not isinstance(row, str) for row in rows):
+            raise UsageError(f"page_refs={self.refs!r}: give a list of integers for each row of block_table")
+        if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
             raise UsageError(f"page_refs has another shape than block_table {shape}: one count for each of its places")
-        return [[int(n) for n in row] for row in refs]
+        wrong = next((n for row in rows for n in row if not isinstance(n, int) or isinstance(n, bool)), None)
+        if wrong is not None:
+            raise UsageError(
+                f"page_refs holds {wrong!r}: how many hold a page is an integer; for a tensor write .long()"
+            )
+        return [list(row) for row in rows]
 
     def copy_shared_(
         self,
@@ -126,6 +145,10 @@ class Book:
         freed = self._at(shared + gone)
         if not shared:
             return freed
+        if allocate is not None and not callable(allocate):  # pyright: ignore[reportUnnecessaryComparison]
+            raise UsageError(
+                f"allocate={allocate!r}: give a function that takes a number and returns so many free pages"
+            )
         if allocate is None:
             raise UsageError(
                 f"{len(shared)} pages of rows that are cut have others that hold them: give allocate=, which returns "
@@ -150,10 +173,11 @@ class Book:
     def _allocated(self, given: Tensor | Sequence[int], count: int) -> Tensor:
         """Return new pages, ``[count]`` int64 on the device, none of which is in use."""
         device, blocks = self.table.device, self.sizes[0]
-        new = given if isinstance(given, Tensor) else torch.tensor(list(given))
-        if new.dim() != 1 or len(new) != count or new.is_floating_point() or new.dtype == torch.bool:
+        whole = isinstance(given, Sequence) and all(isinstance(n, int) for n in given)
+        new = given if isinstance(given, Tensor) else torch.tensor(list(given)) if whole else None
+        if new is None or new.dim() != 1 or len(new) != count or new.is_floating_point() or new.dtype == torch.bool:
             raise UsageError(
-                f"allocate({count}) returned {_named(new)}; it returns {count} page numbers; nothing was modified"
+                f"allocate({count}) returned {_named(given)}; it returns {count} page numbers; nothing was modified"
             )
         new = sent(new.to(torch.int64), device) if new.device.type == "cpu" else new.to(torch.int64)
         error = UsageError(

@@ -47,9 +47,10 @@ class EvictionState:
         workspace: bytes that the temporaries of one eviction may take.
 
     Raises:
-        BindError: the policy cannot be followed.
+        BindError: the policy cannot be followed, or there is no such device.
         BudgetError: there are fewer slots than it asks for.
         UnsupportedError: layers or heads with budgets of their own.
+        ParameterError: a size, a dtype, a scale or a cap that is none.
 
     Example:
         >>> import torch
@@ -89,6 +90,9 @@ class EvictionState:
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "num_query_heads": num_query_heads, "slots": slots}
         sizes |= {"head_dim": head_dim, "value_dim": value_dim, "batch_size": batch_size, "workspace": workspace}
         arguments.check_sizes("EvictionState", sizes)
+        arguments.check_logits("EvictionState", scaling, softcap)
+        arguments.check_dtype("EvictionState", dtype)
+        device = arguments.device_of("EvictionState", device)
         self.policies, self.batch_size, self.num_layers = follow(policy, batch_size), batch_size, num_layers
         by_plan = layers_by_plan(self.policies, num_layers, num_heads, max_new_tokens)
         plans, layers = by_plan[0]
@@ -100,7 +104,6 @@ class EvictionState:
         needed = max(plan.capacity for plan in plans)
         if slots < needed:
             raise BudgetError(f"the policy fills up to {needed} slots of a row, and there are {slots}: allocate more")
-        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
         spec = LayerSpec(num_heads, num_query_heads, head_dim, value_dim, slots, dtype, device)
         self.store = OwnedStore(self.policies, plans, spec, layers, new_rows(batch_size, requests, seeds), lse=lse)
         self.logits = LogitSpec(
@@ -136,7 +139,7 @@ class EvictionState:
             width: columns of the next forward pass.
             counts: tokens of each row, its last columns; all of them by default.
         """
-        given = arguments.check_counts(counts, self.batch_size, width)
+        given = arguments.check_counts(counts, self.batch_size, arguments.checked_width(width))
         return arguments.positions(self.seen, width, given, self.store.spec.device)
 
     def observe(self, layer: int, q: Tensor, counts: Sequence[int] | None = None, *, lse: Tensor | None = None) -> None:

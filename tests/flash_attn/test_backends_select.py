@@ -129,11 +129,22 @@ def test_everything_that_is_missing_is_named(machine: Machine) -> None:
         ("auto", {"needs": {"row_length"}}, "did you mean 'row_lengths'"),
         ("auto", {"needs": {"paged"}}, "page is not given"),
         ("auto", {"page": 0}, "page=0"),
+        ("auto", {"needs": "paged"}, r"write needs=\{'paged'\}"),
+        ("auto", {"needs": None}, "needs are several words"),
+        ("auto", {"needs": [1]}, "needs are several words"),
+        (None, {}, "backend None is no name"),
     ],
 )
-def test_words_that_nobody_knows(name: str, asked: dict[str, Any], text: str) -> None:
+def test_words_that_nobody_knows(name: Any, asked: dict[str, Any], text: str) -> None:
     with pytest.raises(ParameterError, match=text):
         select_backend(name, **{**ON_GPU, **asked})
+
+
+def test_needs_are_any_words() -> None:
+    for needs in (["varlen", "lse"], ("varlen", "lse"), iter(["varlen", "lse"])):
+        assert (
+            select_backend("reference", device="cpu", dtype=torch.float32, head_dim=8, needs=needs).name == "reference"
+        )
 
 
 # The table

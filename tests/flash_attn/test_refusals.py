@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +35,19 @@ def new(width: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
         ({"head_dim": 8.0}, "head_dim is a whole number"),
         ({"backend": "flash-atn"}, "did you mean 'flash-attn'"),
         ({"backend": "flash-attn"}, "cannot serve"),
+        ({"softcap": 0.0}, "softcap=None switches it off"),
+        ({"softcap": float("inf")}, "softcap is a positive, finite number"),
+        ({"scaling": float("nan")}, "scaling=nan"),
+        ({"scaling": 0}, "scaling=0"),
+        ({"scaling": -1.0}, "scaling=-1.0"),
+        ({"scaling": "1"}, "scaling='1'"),
+        ({"dtype": "float32"}, "write dtype=torch.float32"),
+        ({"dtype": None}, "dtype=None"),
+        ({"dtype": torch.int32}, "dtype=torch.int32"),
+        ({"device": "gpu"}, "device='gpu'"),
+        ({"device": "cuda:99"}, "device='cuda:99'"),
+        ({"backend": None}, "backend None is no name"),
+        ({"backend": ["sdpa"]}, r"backend \['sdpa'\] is no name"),
         ({"seeds": [1]}, "seeds names 1 rows, and batch_size is 2"),
         ({"requests": ["a", "b"]}, "one 64-bit integer"),
         ({"policy": [POLICY] * 3}, "3 policies for batch_size=2"),
@@ -40,8 +56,12 @@ def new(width: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     ],
 )
 def test_a_cache_that_cannot_be(options: dict[str, Any], words: str) -> None:
+    given = {"policy": POLICY, "dtype": torch.float32, **SIZES, **options}
     with pytest.raises(KVPolicyError, match=words):
-        FlashCache(**{"policy": POLICY, "dtype": torch.float32, **SIZES, **options})
+        FlashCache(**given)
+    if "backend" not in options:
+        with pytest.raises(KVPolicyError, match=words):
+            EvictionState(slots=32, **given)
 
 
 def swapped(i: int, make: Callable[[Tensor], Any]) -> Callable[[FlashCache], None]:
@@ -70,6 +90,19 @@ USES: dict[str, Callable[[FlashCache], Any]] = {
     "layer 1 attends twice": twice,
     "other layers of this forward pass": lambda cache: cache.attend(0, *new(3)),
     "counts=": lambda cache: cache.attend(0, *new(), [0, 1]),
+    "no token was given": lambda cache: cache.attend(0, *new(0)),
+    "softmax_scale= is not taken: .*FlashCache.scaling=": lambda cache: cache.attend(0, *new(), softmax_scale=1.0),
+    "scale= is not taken: .*FlashCache.scaling=": lambda cache: cache.attend(0, *new(), scale=1.0),
+    "softcap= is not taken: .*FlashCache.softcap=": lambda cache: cache.attend(0, *new(), softcap=1.0),
+    "causal= is not taken: attend is causal": lambda cache: cache.attend(0, *new(), causal=True),
+    "attention_mask= is not taken: .*counts=": lambda cache: cache.attend(0, *new(), attention_mask=None),
+    "position_ids= is not taken: .*next_positions": lambda cache: cache.attend(0, *new(), position_ids=None),
+    "return_lse= is not taken: attend keeps": lambda cache: cache.attend(0, *new(), return_lse=True),
+    r"next_positions\(2.0\): width is": lambda cache: cache.next_positions(2.0),  # pyright: ignore[reportArgumentType]
+    r"next_positions\(-1\): width is": lambda cache: cache.next_positions(-1),
+    "write the same slots: write cache.fork": copy.copy,
+    "two copies of a FlashCache": pickle.dumps,
+    "fork.. comes between two": copy.deepcopy,
     "counts names 1 rows": lambda cache: cache.attend(0, *new(), [1]),
     "rotary_cos= is not taken": lambda cache: cache.attend(0, *new(), rotary_cos=1),
     "window_size= is not taken": lambda cache: cache.attend(0, *new(), window_size=(4, 0)),
@@ -98,6 +131,41 @@ def test_a_forward_pass_that_cannot_be(words: str) -> None:
     assert cache.seen == [13, 13]
 
 
+def test_a_fork_that_cannot_be() -> None:
+    cache = FlashCache(POLICY, dtype=torch.float32, **SIZES)
+    for rows, words in (
+        (0, "fork=0: give a list"),
+        ([2], "rows 0 to 1"),
+        ([], "name some"),
+        ([0.0], "list of integers"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            cache.fork(rows)  # pyright: ignore[reportArgumentType]
+
+
+def test_copies_are_forks() -> None:
+    cache = FlashCache(POLICY, dtype=torch.float32, **SIZES)
+    for layer in range(2):
+        cache.attend(layer, *new(12))
+    cache.step()
+    for made in (copy.deepcopy(cache), cache.fork(torch.tensor([0, 1]))):
+        for mine, other in zip(cache.cache(1), made.cache(1), strict=True):
+            assert mine.data_ptr() != other.data_ptr()
+            assert mine[:, :8].equal(other[:, :8])
+    one = cache.fork(torch.tensor([1]))
+    assert one.cache(0)[0][0, :8].equal(cache.cache(0)[0][1, :8])
+
+
+def test_rows_of_equal_policies_that_lie_apart() -> None:
+    other = knorm(6, interval=4, recent=2)
+    cache = FlashCache([POLICY, other, POLICY], dtype=torch.float32, **{**SIZES, "batch_size": 3})
+    with pytest.raises(UsageError, match="let rows under one policy stand next to each other"):
+        cache.reorder([2, 1, 2])
+    with pytest.raises(UsageError, match="follows the same policy"):
+        cache.reorder([1, 1, 2])
+    cache.reorder([0, 1, 2])
+
+
 def test_no_room() -> None:
     cache = FlashCache(snapkv(128), max_new_tokens=2, dtype=torch.float32, **SIZES)
     for width in (140, 1, 1):
@@ -106,6 +174,13 @@ def test_no_room() -> None:
         cache.step()
     with pytest.raises(UsageError, match="larger max_new_tokens"):
         cache.attend(0, *new())
+
+
+def test_num_splits_names_what_can_be_imported() -> None:
+    cache = FlashCache(POLICY, dtype=torch.float32, **SIZES)
+    with pytest.raises(KVPolicyError, match="TorchVarlen") as refused:
+        cache.attend(0, *new(), num_splits=2)
+    assert importlib.import_module(str(refused.value).split()[-1]).TorchVarlen(num_splits=2).num_splits == 2
 
 
 # Caches of the caller
@@ -131,6 +206,12 @@ def page_twice(table: Tensor) -> Tensor:
     return table
 
 
+def crossed() -> dict[str, list[Tensor]]:
+    """Return the keys and values of two layers, those of each in one buffer that is shorter than both."""
+    buffers = [torch.zeros(2, 42, 2, 8) for _ in range(2)]
+    return {"k_cache": [one[:, :32] for one in buffers], "v_cache": [one[:, 10:] for one in buffers]}
+
+
 DENSE = {
     "was given": changed("policy", lambda _: knorm(9, interval=4, recent=2)),
     "k_cache has 1 layers, and the state was made for 2": changed("k_cache", lambda k: k[:1]),
@@ -144,9 +225,22 @@ DENSE = {
     "several slots share memory": changed("k_cache", lambda k: [one[:1].expand(2, -1, -1, -1) for one in k]),
     "begin at the same address": lambda call: {**call, "v_cache": call["k_cache"]},
     "cache_seqlens is torch.int64": changed("cache_seqlens", Tensor.long),
-    r"cache_seqlens is \[20, 14\]|cache_seqlens is not \[20, 14\]": changed("cache_seqlens", lambda x: x - 1),
+    r"cache_seqlens is \[19, 13\], not \[20, 14\]": changed("cache_seqlens", lambda x: x - 1),
+    "cache_seqlens has strides .* rows share memory": changed("cache_seqlens", lambda x: x[:1].expand(2)),
+    r"k_cache\[\d\] and v_cache\[\d\] share memory": lambda call: {**call, **crossed()},
+    "state is None: make one": with_(state=None),
+    "state is a FlashCache": lambda call: {**call, "state": FlashCache(POLICY, dtype=torch.float32, **SIZES)},
+    "the order is": lambda call: {**call, "state": call["policy"], "policy": call["state"]},
+    "k_cache is None; it is a tensor": with_(k_cache=None),
+    "v_cache is 'v'; it is a tensor": with_(v_cache="v"),
+    "function that makes a policy": with_(policy=knorm),
+    "is a text; write Policy.parse": with_(policy="knorm(8)"),
+    "page_refs= counts the pages of a block_table": with_(page_refs=[[1]]),
+    r"make the state with batch_size=2, slots=31": changed("k_cache", lambda k: [one[:, :31] for one in k]),
+    r"this is transformers' layout": changed("v_cache", lambda v: [one.transpose(1, 2) for one in v]),
+    "heads or their size are others": changed("k_cache", lambda k: [one[..., :4] for one in k]),
+    "the prompt needs 33 slots of a row, and there are 32": with_(tokens=[33, 20]),
     "it is int32": changed("cache_seqlens", lambda x: x[:1]),
-    "there are 32 slots": with_(tokens=[33, 14]),
     "every row has new tokens": with_(tokens=[20, 0]),
     "nothing to look at": with_(tokens=0),
     "tokens='3'": with_(tokens="3"),
@@ -160,6 +254,13 @@ PAGED = {
     "page_refs has another shape": with_(page_refs=[[1]]),
     "give allocate=": with_(page_refs=[[2] * 8] * 2),
     "it returns 4 page numbers": with_(page_refs=[[2] * 8] * 2, allocate=lambda n: [1]),
+    r"allocate\(4\) returned None": with_(page_refs=[[2] * 8] * 2, allocate=lambda n: None),
+    "allocate=3: give a function": with_(page_refs=[[2] * 8] * 2, allocate=3),
+    "page_refs holds 1.0": with_(page_refs=torch.ones(2, 8)),
+    "page_refs=3: give a list": with_(page_refs=3),
+    "held by its row at least": with_(page_refs=[[0] * 8] * 2),
+    "give block_table= if these are pages": with_(block_table=None),
+    "block_table has strides": changed("block_table", lambda t: t[:1].expand(2, -1)),
     "do not exist, twice, or in use": with_(page_refs=[[2] * 8] * 2, allocate=lambda n: [0] * n),
 }
 
@@ -178,8 +279,9 @@ def test_caches_that_cannot_be(layout: str, words: str) -> None:
     watched = [own.k, own.v, own.seqlens, *own.state.store.tensors(), *([] if own.table is None else [own.table])]
     held, rows = [t.clone() for t in watched], own.state.store.rows
     change = {**DENSE, **PAGED}[words]
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(KVPolicyError, match=words) as refused:
         evict_(**change(dict(call)))
+    assert ("transpose(" in str(refused.value)) == ("transformers" in str(refused.value))
     assert all(now.equal(then) for now, then in zip(watched, held, strict=True))
     assert own.state.store.rows is rows
     assert evict_(**call).rows == (True, True)

@@ -24,19 +24,24 @@ _WRONG_HERE: Mapping[str, str] = {
     "cache_batch_idx": "rows are not renamed; index the cache before the call",
     "softmax_scale": "it has another name here; write scale=",
     "return_softmax_lse": "it has another name here; write return_lse=",
-    "num_splits": "the backend decides; for torch's kernels, write TorchVarlen(num_splits=...)",
+    "num_splits": "the backend decides; for torch's kernels, give as the backend TorchVarlen(num_splits=...), from "
+    "kvpolicy.adapters.flash_attn.backends.torch_varlen",
 }
 
 
-def refuse_unknown(unknown: Mapping[str, object]) -> None:
+def refuse_unknown(unknown: Mapping[str, object], own: Mapping[str, str] | None = None) -> None:
     """Refuse arguments that the kernels may know and a compacted cache cannot have.
+
+    Args:
+        unknown: by their names.
+        own: how names begin that the caller refuses with words of its own, and these words.
 
     Raises:
         UnsupportedError: rotary tables, windows, ALiBi and the like.
         TypeError: anything else.
     """
     for name in unknown:
-        for word, why in _WRONG_HERE.items():
+        for word, why in {**_WRONG_HERE, **(own or {})}.items():
             if name.startswith(word):
                 raise UnsupportedError(f"{name}= is not taken: {why}")
         raise TypeError(f"unexpected argument {name!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from types import MappingProxyType
 
 import torch
@@ -30,7 +30,7 @@ def select_backend(
     device: torch.device | str,
     dtype: torch.dtype,
     head_dim: int,
-    needs: Set[str] = frozenset({"row_lengths"}),
+    needs: Iterable[str] = frozenset({"row_lengths"}),
     page: int | None = None,
 ) -> Backend:
     """Return the backend that is named, or the first that can serve.
@@ -43,7 +43,8 @@ def select_backend(
         dtype: of both.
         head_dim: of both.
         needs: words of :data:`~kvpolicy.adapters.flash_attn.backends.FEATURES`; ``"dense"`` or
-            ``"paged"`` are added by ``page``.
+            ``"paged"`` are added by ``page``. ``"sdpa"`` can serve ``needs=frozenset()``: it has no length
+            per row.
         page: tokens a page, or None for dense caches.
 
     Raises:
@@ -55,6 +56,7 @@ def select_backend(
         >>> print(select_backend(device="cpu", dtype=torch.float32, head_dim=64).name)
         reference
     """
+    needs = _words(needs)
     _check_words(name, needs, page)
     place = torch.device(device)
     cuda = place.type == "cuda" and torch.cuda.is_available()
@@ -74,7 +76,23 @@ def select_backend(
     raise UnsupportedError(f"backend {name!r} cannot serve {request}: {', '.join(missing[name])}; {instead}")
 
 
+def _words(needs: Iterable[str]) -> frozenset[str]:
+    """Return needs as a set.
+
+    Raises:
+        ParameterError: they are one text, or nothing that holds texts.
+    """
+    found = list(needs) if isinstance(needs, Iterable) and not isinstance(needs, str) else None
+    if found is None or not all(isinstance(word, str) for word in found):
+        instead = {needs} if isinstance(needs, str) else {"row_lengths"}
+        raise ParameterError(f"needs={needs!r}: needs are several words; write needs={instead!r}")
+    return frozenset(found)
+
+
 def _check_words(name: str, needs: Set[str], page: int | None) -> None:
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        words = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ParameterError(f"backend {name!r} is no name: write one of {words}")
     if name != "auto" and name not in BACKENDS:
         words = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ParameterError(f"backend {name!r} is not one of {words}{nearest(name, ('auto', *BACKENDS))}")
