@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvpolicy.adapters.flash_attn.sharing import crossing, overlaps
 
 
-def touched(tensor: Tensor) -> list[int]:
+def touched(tensor: Tensor) -> list[Any]:
     places = itertools.product(*map(range, tensor.shape))
     return [tensor.storage_offset() + sum(i * s for i, s in zip(at, tensor.stride(), strict=True)) for at in places]
 
