@@ -49,3 +49,12 @@ def test_what_is_called_apart_is_apart(sizes: list[int], others: list[int], stri
 def test_layouts_that_lie_between_each_other(apart: list[Tensor]) -> None:
     assert crossing(apart) is None
     assert crossing([*apart, apart[0]]) == (0, len(apart))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 4])
+def test_a_gap_that_is_too_small(offset: int) -> None:
+    first = torch.zeros(20).as_strided((2, 2), (4, 1))
+    second = first.as_strided((2, 2), (4, 1), offset)
+    assert set(touched(first)) & set(touched(second))
+    assert crossing([first, second]) == (0, 1)
+    assert crossing([first, first.as_strided((2, 2), (4, 1), 2)]) is None
