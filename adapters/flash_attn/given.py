@@ -196,13 +196,15 @@ def check_lengths(cache_seqlens: Tensor, lengths: Sequence[int], state: Eviction
             f"cache_seqlens has strides {cache_seqlens.stride()}: rows share memory, and each one's length is written "
             "by itself; write cache_seqlens.contiguous()"
         )
-    found = f"{cache_seqlens.tolist()}, " if spec.device.type == "cpu" else ""  # a GPU would have to be waited for
-    error = UsageError(
-        f"cache_seqlens is {found}not {list(lengths)}, which is what the state has counted, the new tokens among them: "
-        "write cache_seqlens += 1 for each decoded token, and give tokens= where it is another number; nothing was "
-        "modified"
+    told = (
+        f"not {list(lengths)}, which is what the state has counted, the new tokens among them: write "
+        "cache_seqlens += 1 for each decoded token, and give tokens= where it is another number; nothing was modified"
     )
-    insist((cache_seqlens == on_device(lengths, spec.device, torch.int32)).all(), error)
+    right = (cache_seqlens == on_device(lengths, spec.device, torch.int32)).all()
+    try:
+        insist(right, UsageError(f"cache_seqlens is {told}"))
+    except UsageError as error:  # the host knows already, and so what was found costs no wait
+        raise UsageError(f"cache_seqlens is {cache_seqlens.tolist()}, {told}") from error
 
 
 def _refuse(text: str) -> NoReturn:
