@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvpolicy.band import Band, Span
 from kvpolicy.compaction import compress
-from kvpolicy.host import on_device, sent
+from kvpolicy.host import on_device, on_host, sent
 from kvpolicy.integrity import insist_on_keep
 from kvpolicy.row import Row
 from kvpolicy.store import Store
@@ -229,7 +229,7 @@ def _cut_layer(
         most, victims = int(goal[here].max()), int((held - goal)[here].max())
         shared = None
         if any(sharing[here]):  # a head may keep all that it holds, or next to nothing
-            shared = sent(torch.tensor(list(sharing[here])), view.positions.device)
+            shared = sent(on_host(list(sharing[here]), torch.bool), view.positions.device)
             most = victims = int(held[here].max())
         part = dataclasses.replace(
             _rows_of(view, here),
@@ -249,7 +249,7 @@ def _cut_layer(
     mask, order = torch.cat(masks), view.order.to(torch.int64)
     kept = torch.minimum(goal, held)
     if any(sharing):  # where slots are shared, and nowhere else, the host must know what was decided
-        kept = torch.where(torch.tensor(list(sharing))[:, None], mask.sum(-1).cpu(), kept)
+        kept = torch.where(on_host(list(sharing), torch.bool)[:, None], mask.sum(-1).cpu(), kept)
     survivors = compress(order, mask.gather(-1, order), int(kept.max()), -1)
     store.fill(index, survivors, view.keys, view.values, view.positions, after, kept)
 
@@ -279,10 +279,10 @@ def fill_from(
         after: every row with the new tokens and before any is dropped.
         logits: what the attention of this layer does, its sinks ``[1, Hq]``.
     """
-    device, old, rows = store.spec.device, store.longest, store.rows_of(index)
-    held = store.lengths()[rows] + torch.tensor(counts)[:, None]
+    device, old, rows = store.spec.device, store.longest_in(index), store.rows_of(index)
+    held = store.lengths()[rows] + on_host(counts)[:, None]
     goal = torch.minimum(held, store.goals([True] * len(after))[rows])
-    positions, order, fresh = _slots_of_turn(store, rows, keys.shape[2], counts)
+    positions, order, fresh = _slots_of_turn(store, index, keys.shape[2], counts)
     window, at = store.window.after(counts, [row.seen for row in store.rows])
     asked, asked_positions = oldest_first(store.window.queries[index], window, at)
     if logits.absorb is not None and store.window.size:
@@ -317,9 +317,10 @@ def fill_from(
     _cut_layer(store, index, view, goal, held, sharing, states)
 
 
-def _slots_of_turn(store: Store, rows: slice, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _slots_of_turn(store: Store, index: int, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return positions, order and fresh slots of what a layer holds joined with a turn's tokens."""
-    device, heads, old = store.spec.device, store.spec.num_heads, store.longest
+    device, heads, old = store.spec.device, store.spec.num_heads, store.longest_in(index)
+    rows = store.rows_of(index)
     width, slots = size - old, store.slots(rows)
     count = on_device(counts, device)[:, None, None]
     length, seen = sent(store.lengths()[rows], device)[..., None], store.column("seen")[:, None, None]

@@ -90,7 +90,7 @@ def test_bytes_are_the_sum_over_heads(allocator: Allocator) -> None:
     model = tiny("llama", torch.float64)
     policy = Policy(KeyNorm() >> Stochastic() >> TopK(allocator), interval=8, recent=8)
     tokens, mask = padded([40, 33], 97)
-    budgets = sum(allocator.budgets_of) if isinstance(allocator, PerHead) else 2 * 24
+    budgets = sum(allocator.heads) if isinstance(allocator, PerHead) else 2 * 24
     before: list[int] = []
     layers, dim, rows = len(model.model.layers), model.config.hidden_size // model.config.num_attention_heads, 2
     lines = layers * rows * (budgets + 2 * 8)
