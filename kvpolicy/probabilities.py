@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvpolicy.log_sum_exp import received_by_lse
 from kvpolicy.host import readable
+from kvpolicy.log_sum_exp import received_by_lse
 from kvpolicy.tiles import LOG2_E, logits_, pieces, reduced, tile
 from kvpolicy.view import View
 
