@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kvpolicy.band import Band, Span
 from kvpolicy.compaction import compress
-from kvpolicy.host import on_device, sent
+from kvpolicy.host import on_device, on_host, sent
 from kvpolicy.integrity import insist_on_keep
 from kvpolicy.row import Row
+from kvpolicy.scattered import Scattered
 from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
 from kvpolicy.window import oldest_first, unrolled
@@ -224,34 +225,64 @@ def _cut_layer(
         states: of the view's slots, one a band.
     """
     masks, after = [], []
+    most = max(1, view.workspace // 2 // (view.shape[1] * view.shape[2] * _BYTES_PER_SLOT))
     for band, state in zip(store.bands, states, strict=True):
-        here, size = slice(band.first, band.stop), band.plan.window
-        most, victims = int(goal[here].max()), int((held - goal)[here].max())
-        shared = None
-        if any(sharing[here]):  # a head may keep all that it holds, or next to nothing
-            shared = sent(torch.tensor(list(sharing[here])), view.positions.device)
-            most = victims = int(held[here].max())
-        part = dataclasses.replace(
-            _rows_of(view, here),
-            recent=band.plan.recent,
-            max_budget=most,
-            max_victims=victims,
-            sharing=shared,
-            queries=None if view.queries is None or not size else view.queries[here, :, -size:],
-            query_positions=None if view.query_positions is None or not size else view.query_positions[here, -size:],
-            lse=None if view.lse is None or not size else view.lse[here, :, -size:],
-        )
-        keep, new = band.policy.select(part, state)
-        insist_on_keep(keep, part, band.policy)
-        store.broken[band.layer(index).store] += keep.broken
-        masks.append(keep.mask)
-        after.append(new)
+        seen: list[State] = []
+        for first in range(band.first, band.stop, most):
+            here = slice(first, min(first + most, band.stop))
+            part = _part(view, here, band, goal[here], held[here], sharing[here])
+            keep, new = band.policy.select(
+                part, _rows_of_state(state, slice(first - band.first, here.stop - band.first))
+            )
+            insist_on_keep(keep, part, band.policy)
+            start = store.rows_of(index).start
+            store.broken[start + here.start : start + here.stop] += keep.broken
+            masks.append(keep.mask)
+            seen.append(new)
+        after.append(_joined(seen))
     mask, order = torch.cat(masks), view.order.to(torch.int64)
     kept = torch.minimum(goal, held)
     if any(sharing):  # where slots are shared, and nowhere else, the host must know what was decided
-        kept = torch.where(torch.tensor(list(sharing))[:, None], mask.sum(-1).cpu(), kept)
+        kept = torch.where(on_host(list(sharing), torch.bool)[:, None], mask.sum(-1).cpu(), kept)
     survivors = compress(order, mask.gather(-1, order), int(kept.max()), -1)
     store.fill(index, survivors, view.keys, view.values, view.positions, after, kept)
+
+
+def _part(view: View, here: slice, band: Band, goal: Tensor, held: Tensor, sharing: Sequence[bool]) -> View:
+    """Return some requests of a view of one layer, as their policy asks to see them."""
+    size, shared = band.plan.window, None
+    most, victims = int(goal.max()), int((held - goal).max())
+    if any(sharing):  # a head may keep all that it holds, or next to nothing
+        shared = sent(on_host(list(sharing), torch.bool), view.positions.device)
+        most = victims = int(held.max())
+    return dataclasses.replace(
+        _rows_of(view, here),
+        recent=band.plan.recent,
+        max_budget=most,
+        max_victims=victims,
+        sharing=shared,
+        queries=None if view.queries is None or not size else view.queries[here, :, -size:],
+        query_positions=None if view.query_positions is None or not size else view.query_positions[here, -size:],
+        lse=None if view.lse is None or not size else view.lse[here, :, -size:],
+    )
+
+
+def _rows_of_state(state: State, at: slice) -> State:
+    return tuple(
+        held and StageState(tuple(t[at] for t in held.slots), tuple(t[at] for t in held.rows)) for held in state
+    )
+
+
+def _joined(parts: Sequence[State]) -> State:
+    """Return the states of all rows, given those of some after others."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: list[StageState | None] = []
+    for stages in zip(*parts, strict=True):
+        known = [one for one in stages if one is not None]
+        slots, rows = zip(*(one.slots for one in known), strict=True), zip(*(one.rows for one in known), strict=True)
+        joined.append(StageState(tuple(map(torch.cat, slots)), tuple(map(torch.cat, rows))) if known else None)
+    return tuple(joined)
 
 
 def fill_from(
@@ -279,10 +310,10 @@ def fill_from(
         after: every row with the new tokens and before any is dropped.
         logits: what the attention of this layer does, its sinks ``[1, Hq]``.
     """
-    device, old, rows = store.spec.device, store.longest, store.rows_of(index)
-    held = store.lengths()[rows] + torch.tensor(counts)[:, None]
+    device, old, rows = store.spec.device, store.longest_in(index), store.rows_of(index)
+    held = store.lengths()[rows] + on_host(counts)[:, None]
     goal = torch.minimum(held, store.goals([True] * len(after))[rows])
-    positions, order, fresh = _slots_of_turn(store, rows, keys.shape[2], counts)
+    positions, order, fresh = _slots_of_turn(store, index, keys.shape[2], counts)
     window, at = store.window.after(counts, [row.seen for row in store.rows])
     asked, asked_positions = oldest_first(store.window.queries[index], window, at)
     if logits.absorb is not None and store.window.size:
@@ -317,9 +348,10 @@ def fill_from(
     _cut_layer(store, index, view, goal, held, sharing, states)
 
 
-def _slots_of_turn(store: Store, rows: slice, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _slots_of_turn(store: Store, index: int, size: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return positions, order and fresh slots of what a layer holds joined with a turn's tokens."""
-    device, heads, old = store.spec.device, store.spec.num_heads, store.longest
+    device, heads, old = store.spec.device, store.spec.num_heads, store.longest_in(index)
+    rows = store.rows_of(index)
     width, slots = size - old, store.slots(rows)
     count = on_device(counts, device)[:, None, None]
     length, seen = sent(store.lengths()[rows], device)[..., None], store.column("seen")[:, None, None]
@@ -384,5 +416,5 @@ def _of_model(logits: LogitSpec) -> dict[str, Any]:
 def _rows_of(view: View, at: slice) -> View:
     """Return some rows of a view."""
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
-    some: dict[str, Any] = {name: value[at] for name, value in fields.items() if isinstance(value, Tensor)}
+    some: dict[str, Any] = {name: value[at] for name, value in fields.items() if isinstance(value, Tensor | Scattered)}
     return dataclasses.replace(view, **some)

@@ -80,6 +80,10 @@ class GrowingStore(Store):
                 mine[:, :, :, :used].copy_(old[:, :, :, :used])
         super().append(index, keys, values, counts, behind)
 
+    def insist_on_room(self, counts: Sequence[int], behind: Sequence[int] | None = None) -> list[int]:
+        """Return how many slots each row holds: there is always room for more."""
+        return [row.length for row in self.rows] if behind is None else list(behind)
+
     def settle(self) -> None:
         """Do nothing: a slot's place is its token's position."""
 

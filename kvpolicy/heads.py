@@ -27,7 +27,7 @@ class PerHead(Allocator):
     The split of DuoAttention: heads that retrieve keep much, streaming heads keep sinks and recent tokens.
 
     Args:
-        budgets_of: slots of each KV head, the same in every layer; or one such tuple a layer.
+        heads: slots of each KV head, the same in every layer; or one such tuple a layer.
 
     Source: the split of heads is that of DuoAttention (arXiv 2410.10819, section 2).
 
@@ -37,10 +37,13 @@ class PerHead(Allocator):
     """
 
     head_wise: ClassVar[bool] = True
-    budgets_of: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    heads: tuple[int, ...] | tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        given = self.budgets_of
+        given = self.heads
+        if isinstance(given, list | tuple):
+            object.__setattr__(self, "heads", tuple(tuple(one) if isinstance(one, list) else one for one in given))
+            given = self.heads
         layers = given if isinstance(given, tuple) and given and isinstance(given[0], tuple) else (given,)
         for heads in layers:
             if not isinstance(heads, tuple) or not heads:
@@ -48,7 +51,11 @@ class PerHead(Allocator):
                     f"PerHead({given!r}): write the slots of each KV head, PerHead((1024, 128)), or one tuple a layer"
                 )
             for one in heads:
-                _check.integer(self, "budgets_of", one, 1)
+                if one is None:
+                    raise ParameterError(
+                        f"PerHead({given!r}): every head has a budget; PerLayer may leave layers alone"
+                    )
+                _check.integer(self, "heads", one, 1)
 
     def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return the budgets of the heads of every layer.
@@ -56,9 +63,9 @@ class PerHead(Allocator):
         Raises:
             BudgetError: they are given for another number of layers.
         """
-        layers = [one for one in self.budgets_of if isinstance(one, tuple)]
+        layers = [one for one in self.heads if isinstance(one, tuple)]
         if not layers:
-            return (self.budgets_of,) * num_layers  # type: ignore[return-value]
+            return (self.heads,) * num_layers  # type: ignore[return-value]
         if len(layers) != num_layers:
             raise BudgetError(
                 f"{self!r} names {len(layers)} layers, and the model has {num_layers} that evict: write one tuple for "
@@ -68,7 +75,7 @@ class PerHead(Allocator):
 
     def __repr__(self) -> str:
         """Return text that evaluates back to an equal allocator."""
-        return f"PerHead({self.budgets_of!r})"
+        return f"PerHead({self.heads!r})"
 
 
 @dataclass(frozen=True, repr=False)

@@ -227,7 +227,11 @@ class Policy:
                     f"{sharing!r} names {len(heads)} heads, and the model has {model.num_heads} KV heads in a layer"
                 )
             most, least = (max(budget), min(budget)) if isinstance(budget, tuple) else (budget, budget)
-            self._check_budget(most, least if sharing is None else sharing.least(least, self.recent), where)
+            if isinstance(budget, tuple) and most != least:
+                where = f"{where}the KV head with the fewest slots: "
+            self._check_budget(least, where)
+            if sharing is not None and (fewest := sharing.least(least, self.recent)) != least:
+                self._check_guards(fewest, f"{where}{sharing!r} may leave a head with {fewest} slots: ")
             layer = LayerPlan(most, most + grown, self.interval, self.recent, window, heads)
             if sharing is not None and sharing.shared:
                 layer = dataclasses.replace(layer, shared=True, refresh=sharing.refresh)
@@ -251,19 +255,25 @@ class Policy:
             scores = transform.apply_with(scores, view.at(sum(1 for _ in scorer.leaves())), state)
         return self.chain.selector.select(scores, view), state
 
-    def _check_budget(self, budget: int, least: int, where: str) -> None:
-        """Refuse a budget that holds the last tokens alone, and guards that some head has no room for."""
-        if budget <= self.recent or least < self.recent:
+    def _check_budget(self, budget: int, where: str) -> None:
+        """Refuse a budget that holds the last tokens alone, or has no room for the guards."""
+        if budget <= self.recent:
             raise BudgetError(
                 f"{where}a budget of {budget} is not larger than recent={self.recent}: nothing but the last tokens "
                 f"could stay; raise the budget, or write Policy(..., recent={max(1, budget // 4)})"
             )
+        self._check_guards(budget, where)
+
+    def _check_guards(self, budget: int, where: str) -> None:
         for stage in self.stages:
-            guarded = stage.reserved(least)
-            if guarded + self.recent > least:
+            guarded = stage.reserved(budget)
+            if guarded + self.recent > budget:
+                shared = self.chain.selector.sharing()
+                more = " or the floor" if shared is not None and shared.shared else ""
                 raise BudgetError(
                     f"{where}{stage!r} protects {guarded} slots and recent={self.recent} more, which do not fit into "
-                    f"a budget of {least}; raise the budget to at least {guarded + self.recent}, or protect less"
+                    f"a budget of {budget}; raise the budget{more} so that it is at least {guarded + self.recent}, or "
+                    "protect less"
                 )
 
     def text(self, *, full: bool = False) -> str:

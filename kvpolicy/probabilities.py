@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvpolicy.host import readable
 from kvpolicy.log_sum_exp import received_by_lse
 from kvpolicy.tiles import LOG2_E, logits_, pieces, reduced, tile
 from kvpolicy.view import View
@@ -116,7 +117,7 @@ def _span(hidden: Tensor, columns: slice) -> slice | None:
     Only a CPU can look for them. Other devices would have to wait, and a compiled graph would have shapes that
     depend on data: these mask every column.
     """
-    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(hidden):
         return columns
     found = hidden.any(0).nonzero()
     return slice(columns.start + int(found[0]), columns.start + int(found[-1]) + 1) if len(found) else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpolicy.band import Band, Span
 from kvpolicy.compaction import moves, reorder_
 from kvpolicy.errors import BudgetError, UnsupportedError, UsageError
-from kvpolicy.host import sent
+from kvpolicy.host import on_device, on_host, sent
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.scattered import Scattered
@@ -69,7 +69,7 @@ class RaggedStore(Store):
         if plan.heads is not None and len(plan.heads) != spec.num_heads:
             raise BudgetError(f"budgets for {len(plan.heads)} heads, and the layer has {spec.num_heads} KV heads")
         first = plan.heads if plan.heads is not None else (plan.budget,) * spec.num_heads
-        self._first_budgets, self.slack = torch.tensor(first), plan.capacity - plan.budget
+        self._first_budgets, self.slack = on_host(first), plan.capacity - plan.budget
         self.total = sum(first) + spec.num_heads * self.slack
         lines = (*lead, self.total)
         self.keys = torch.zeros(*lines, spec.head_dim, dtype=spec.dtype, device=spec.device)
@@ -96,7 +96,7 @@ class RaggedStore(Store):
     def _place(self) -> None:
         """Tell the device where the slots of each head lie, and how many are in use."""
         sizes = (self.budgets + self.slack).flatten(0, 1)
-        first = sizes.cumsum(-1) - sizes + torch.arange(len(sizes))[:, None] * self.total
+        first = sizes.cumsum(-1) - sizes + torch.arange(len(sizes), device="cpu")[:, None] * self.total
         device, starts = self.spec.device, sizes.cumsum(-1) - sizes
         self._starts = starts.view(self.budgets.shape).tolist()
         self._sizes, self._first, self._used = (sent(t, device) for t in (sizes, first, self.held.flatten(0, 1)))
@@ -138,6 +138,15 @@ class RaggedStore(Store):
         first = self._starts[index][request][head]
         return x[index, request, first : first + int(self.budgets[index, request, head]) + self.slack]
 
+    def longest_in(self, index: int) -> int:
+        """Return the slots in use of the longest head of one layer."""
+        return int(self.held[index].max())
+
+    @property
+    def ragged(self) -> bool:
+        """Return True."""
+        return True
+
     @property
     def widest(self) -> int:
         """Return the slots of the largest head."""
@@ -154,11 +163,11 @@ class RaggedStore(Store):
 
     def goals(self, due: Sequence[bool]) -> Tensor:
         """Return the slots that each head is to keep, ``[layers * requests, H]`` int64 on the host."""
-        return torch.where(torch.tensor(list(due))[:, None], self.budgets, self.held).flatten(0, 1)
+        return torch.where(on_host(list(due), torch.bool)[:, None], self.budgets, self.held).flatten(0, 1)
 
     def over_budget(self, rows: Sequence[Row]) -> list[bool]:
         """Return which rows, given as they were counted, hold more than the budget of some head."""
-        more = torch.tensor([after.seen - row.seen for row, after in zip(self.rows, rows, strict=True)])
+        more = on_host([after.seen - row.seen for row, after in zip(self.rows, rows, strict=True)])
         return [bool(over) for over in (self.held + more[:, None] > self.budgets).any(-1).any(0)]
 
     def sharing(self, rows: Sequence[Row], due: Sequence[bool]) -> list[bool]:
@@ -183,7 +192,7 @@ class RaggedStore(Store):
 
     def in_use(self, index: int, more: int = 0) -> tuple[Tensor, Tensor]:
         """Return keys and values of a layer, ``[requests, H, S, D]``, copied, ``more`` behind the longest head too."""
-        table = self._table(self.rows_of(index), self.longest + more)
+        table = self._table(self.rows_of(index), self.longest_in(index) + more)
         return Scattered(self.keys.flatten(0, 2), table).gathered(), Scattered(
             self.values.flatten(0, 2), table
         ).gathered()
@@ -245,7 +254,9 @@ class RaggedStore(Store):
             UsageError: they do not fit; nothing was written.
         """
         width = keys.shape[2]
-        self.insist_on_room(counts, behind)
+        if behind is not None:
+            raise UnsupportedError("heads with budgets of their own take no drafts: their tokens are appended in order")
+        self.insist_on_room(counts)
         at = self.rows_of(index)
         ends = self._first[at] + self._used[at]
         if width == 1 and all(counts):
@@ -259,7 +270,7 @@ class RaggedStore(Store):
 
     def insist_on_room(self, counts: Sequence[int], behind: Sequence[int] | None = None) -> list[int]:
         """Return how many slots the longest head of each row holds; see :meth:`Store.insist_on_room`."""
-        if bool((self.held + torch.tensor(list(counts))[:, None] > self.budgets + self.slack).any()):
+        if bool((self.held + on_host(list(counts))[:, None] > self.budgets + self.slack).any()):
             raise UsageError(
                 f"a head holds {self.longest} slots and cannot take {max(counts)} more tokens: it was not evicted "
                 "when it was due, or only the end of a turn evicts; bind the policy with a larger max_new_tokens"
@@ -309,7 +320,7 @@ class RaggedStore(Store):
 
     def advance(self, rows: Sequence[Row]) -> None:
         """Make what was written to every layer count; see :meth:`Store.advance`."""
-        counts = torch.tensor([after.seen - row.seen for row, after in zip(self.rows, rows, strict=True)])
+        counts = on_host([after.seen - row.seen for row, after in zip(self.rows, rows, strict=True)])
         filled = bool(self._filled)
         self._count(self.held + counts[:, None])
         super().advance(self._measured(rows) if filled else rows)
@@ -318,8 +329,9 @@ class RaggedStore(Store):
         """Take over how many slots are in use: those that :meth:`fill` wrote, or these."""
         if self._filled:
             held = torch.stack([self._filled.pop(index) for index in range(len(self.layers))])
+            self._place()
         self.held.copy_(held)
-        self._place()
+        self._used = sent(self.held.flatten(0, 1), self.spec.device)
 
     def _measured(self, rows: Sequence[Row]) -> list[Row]:
         longest = self.held.amax((0, 2)).tolist()
@@ -383,9 +395,9 @@ class RaggedStore(Store):
         """Forget the newest tokens of each row, which are in every head; see :meth:`Store.crop`."""
         self.check_crop(counts)
         self.settle()
-        left, band = self.held - torch.tensor(list(counts))[:, None], self.bands[0]
-        kept, none = left.flatten(0, 1).to(self.spec.device), torch.zeros_like(self.broken)
-        below = self.column("seen") - torch.tensor(list(counts), device=self.spec.device)
+        left, band = self.held - on_host(list(counts))[:, None], self.bands[0]
+        kept, none = sent(left.flatten(0, 1), self.spec.device), torch.zeros_like(self.broken)
+        below = self.column("seen") - on_device(list(counts), self.spec.device)
         below = below.repeat(len(self.layers))[:, None, None]
         for span in band.spans(len(none)):
             positions = self.slots(span.store).positions
@@ -412,7 +424,7 @@ class RaggedStore(Store):
 
     def _copy_rows(self, source: Store, requests: Sequence[int]) -> None:
         assert isinstance(source, RaggedStore)
-        host, at = torch.tensor(list(requests)), torch.tensor(list(requests), device=self.spec.device)
+        host, at = on_host(list(requests)), on_device(list(requests), self.spec.device)
         pairs = [(self.budgets, source.budgets, host), (self.held, source.held, host)]
         pairs += [(mine, theirs, at) for mine, theirs in zip(self._by_layer(), source._by_layer(), strict=True)]
         for mine, theirs, named in pairs:

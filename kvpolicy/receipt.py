@@ -56,6 +56,7 @@ class Receipt:
     skipped: dict[int, str]
     kept: dict[int, Tensor] = field(repr=False, compare=False)
     backend: str | None = None
+    ragged: bool = False
 
     @property
     def peak_nbytes(self) -> int:
@@ -87,7 +88,8 @@ class Receipt:
         lines.append(
             f"layers      {len(self.layers)} evict" + (f", {len(self.skipped)} left alone" if self.skipped else "")
         )
-        lines.append(f"memory      {size(self.nbytes)} allocated, {self.capacity} slots per KV head, never grown")
+        each = f"{self.capacity} slots in the largest KV head" if self.ragged else f"{self.capacity} slots per KV head"
+        lines.append(f"memory      {size(self.nbytes)} allocated, {each}, never grown")
         if self.window_nbytes:
             lines.append(f"            {size(self.window_nbytes)} of it for the newest queries, which the policy asks")
         lines.append(f"            {size(self.turn_nbytes)} besides during the largest turn, for one layer at a time")
@@ -134,7 +136,8 @@ def receipt_of(
         version=__version__,
         seen=tuple(row.seen for row in stores[0].rows),
         slots=tuple(max(store.rows[r].length for store in stores) for r in requests),
-        capacity=max(store.spec.capacity for store in stores),
+        capacity=max(store.widest for store in stores),
+        ragged=any(store.ragged for store in stores),
         evictions=tuple(max(store.rows[r].evictions for store in stores) for r in requests),
         guards_broken=tuple(broken.tolist()),
         nbytes=sum(store.nbytes() for store in stores),

@@ -52,6 +52,19 @@ class Scattered:
         """Return the device of the tensor."""
         return self.lines.device
 
+    @property
+    def ndim(self) -> int:
+        """Return how many axes the tensor has."""
+        return self.table.dim() + 1
+
+    def dim(self) -> int:
+        """Return how many axes the tensor has."""
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape of the tensor, or the size of one axis."""
+        return self.shape if dim is None else self.shape[dim]
+
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
         """Return it with some of its axes made one; lazy while the last axis stands alone."""
         last = len(self.shape) - 1
@@ -105,6 +118,7 @@ def _binary(name: str) -> Callable[..., Any]:
 
 
 #: Python looks operators up on the class, past ``__getattr__``.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "abs", "matmul",
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv",
+              "rfloordiv", "mod", "rmod", "pow", "rpow", "neg", "abs", "matmul",
               "rmatmul", "lt", "le", "gt", "ge", "eq", "ne", "len", "iter"):  # fmt: skip
     setattr(Scattered, f"__{_name}__", _binary(f"__{_name}__"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpolicy.band import Band, Span, bands_of
 from kvpolicy.compaction import move_, moves, reorder_
 from kvpolicy.errors import UsageError
-from kvpolicy.host import on_device
+from kvpolicy.host import on_device, on_host
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.scores import Keep
@@ -121,6 +121,15 @@ class Store:
         """Return the slots in use of the longest row."""
         return max(row.length for row in self.rows)
 
+    def longest_in(self, index: int) -> int:
+        """Return the slots in use of the longest row of one layer, and of its longest head."""
+        return self.longest
+
+    @property
+    def ragged(self) -> bool:
+        """Return whether heads may have slots of different numbers."""
+        return False
+
     @property
     def widest(self) -> int:
         """Return the slots that a view of a row shows of each head."""
@@ -192,7 +201,7 @@ class Store:
         return self._by_row([plan.budget if is_due else row.length for plan, row, is_due in pairs])
 
     def _by_row(self, counts: Sequence[int]) -> Tensor:
-        return torch.tensor(counts).repeat(len(self.layers))[:, None].expand(-1, self.spec.num_heads)
+        return on_host(counts).repeat(len(self.layers))[:, None].expand(-1, self.spec.num_heads)
 
     def over_budget(self, rows: Sequence[Row]) -> list[bool]:
         """Return which rows, given as they were counted, hold more than their budget."""

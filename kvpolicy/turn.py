@@ -58,7 +58,7 @@ def take_turn(
         tail: the last tokens, which are no part of the turn and stay behind it.
     """
     if not any(store.over_budget(after)):
-        old = store.longest
+        old = store.longest_in(index)
         store.append(index, keys[:, :, old:], values[:, :, old:], counts)
         return
     end = keys.shape[2] - tail

@@ -127,7 +127,7 @@ class FlashCache:
         arguments.check_logits("FlashCache", scaling, softcap)
         arguments.check_dtype("FlashCache", dtype)
         device = arguments.device_of("FlashCache", device)
-        needs = {"strided"} | ({"row_lengths"} if batch_size > 1 else set())
+        needs = {"strided", "row_lengths"}  # of one row, too: it may be padded, and forks have more
         needs |= {"softcap"} if softcap is not None else set()
         needs |= {"value_dim"} if value_dim != head_dim else set()
         self.policies = follow(policy, batch_size)
@@ -306,10 +306,12 @@ class FlashCache:
         """Attend to what a layer holds joined with new tokens, then cut it."""
         store, index, counts = group.store, group.index(layer), step.counts
         lse = store.window.size > 0 and store.window.lse is not None
+        self._failed = True  # what a turn has rewritten, or a policy was shown, cannot be taken back
         if not any(one in step.attended for one in store.layers):
             self._begin_turn(group, step)
-        self._failed = True  # what a turn has rewritten cannot be taken back
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if k.stride() != v.stride():  # kernels of torch want both laid out alike
+            keys, values = keys.contiguous(), values.contiguous()
         if store.longest:
             held_keys, held_values = store.in_use(index)
             keys, values = torch.cat([held_keys, keys], 2), torch.cat([held_values, values], 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpolicy.adapters.flash_attn.backends import Backend, select_backend
 from kvpolicy.adapters.flash_attn.by_head import NEEDS, attend_decoded
 from kvpolicy.eviction import LogitSpec
+from kvpolicy.host import sent
 from kvpolicy.ragged import RaggedStore
 
-__all__ = ["CACHE", "SUPPORTED", "by_head", "one_token", "register", "several_tokens", "turn"]
+__all__ = ["CACHE", "SUPPORTED", "by_head", "one_token", "register", "seen", "seen_slots", "several_tokens", "turn"]
 
 CACHE = "kvpolicy_cache"  #: the keyword under which a forward pass hands its cache to the attention function
 SUPPORTED = ("sdpa", "eager")  #: what evicting layers can stand in for
@@ -96,7 +98,6 @@ def by_head(
     query: Tensor,
     store: RaggedStore,
     index: int,
-    visible: Tensor | None,
     **kwargs: Any,
 ) -> Any:
     """Attend decoded tokens to heads that have slots of different numbers.
@@ -111,13 +112,30 @@ def by_head(
         query: ``[B, Hq, T, D]``.
         store: holds the new tokens, too.
         index: the layer, counted within the store.
-        visible: ``[B, Hq, T, S]`` bool.
         **kwargs: what transformers passed.
     """
     if query.shape[2] > 1 or original != "sdpa" or not plain(kwargs):
         key, value = store.in_use(index, query.shape[2])
+        visible = seen_slots(store, index, query.shape[2])
         return several_tokens(module, function, original, query, key, value, visible, **kwargs)
     return ragged_attention(query, store, index, kwargs.get("scaling")), None
+
+
+def seen(lengths: Tensor, longest: int, new: int) -> Tensor:
+    """Return which slots new tokens see, ``[requests, heads, tokens, slots]``, given ``[requests, heads]`` in use.
+
+    Each decoded token sees those before it and itself; how a turn sees itself is transformers' mask.
+    """
+    slots = torch.arange(longest + new, device=lengths.device)
+    stop = lengths[..., None] + torch.arange(1, new + 1, device=slots.device) if new else lengths[..., None]
+    return slots < stop[..., None]
+
+
+def seen_slots(store: RaggedStore, index: int, new: int) -> Tensor:
+    """Return :func:`seen` of a layer whose heads differ, for each query head."""
+    lengths = sent(store.lengths()[store.rows_of(index)], store.spec.device)
+    shared = store.spec.num_query_heads // store.spec.num_heads
+    return seen(lengths.repeat_interleave(shared, 1), store.longest_in(index), new)
 
 
 def ragged_attention(query: Tensor, store: RaggedStore, index: int, scale: float | None) -> Tensor:
@@ -139,7 +157,8 @@ def _kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend 
     """Return what attends to all heads in one call; on the CPU None, where a call a head costs less."""
     if device.type == "cpu":
         return None
-    return select_backend("auto", device=device, dtype=dtype, head_dim=head_dim, needs=NEEDS)
+    found = select_backend("auto", device=device, dtype=dtype, head_dim=head_dim, needs=NEEDS)
+    return replace(found, check_lengths=False)  # they are counted by the store
 
 
 def plain(kwargs: Mapping[str, Any]) -> bool:

@@ -119,7 +119,7 @@ class EvictionCache(Passes):
         }
         spec = ModelSpec(len(found.evicting), max_new_tokens, found.num_heads)
         by_layer = planning.plans_of_layers([one.plan(spec) for one in self.policies], found.evicting)
-        _check_head_wise([plan for plans in by_layer.values() for plan in plans], self)
+        _check_head_wise([plan for plans in by_layer.values() for plan in plans], self, found.latents)
         alone = [layer for layer, plans in by_layer.items() if not plans]
         if static and alone:
             raise UnsupportedError(
@@ -315,7 +315,7 @@ class EvictionCache(Passes):
         self.ranks.insist(found, IntegrityError)
 
 
-def _check_head_wise(plans: Sequence[LayerPlan], cache: EvictionCache) -> None:
+def _check_head_wise(plans: Sequence[LayerPlan], cache: EvictionCache, latents: object) -> None:
     """Refuse what heads with different budgets do not go together with."""
     if not any(plan.head_wise for plan in plans):
         return
@@ -324,6 +324,7 @@ def _check_head_wise(plans: Sequence[LayerPlan], cache: EvictionCache) -> None:
         "static=True": cache.static,
         "max_draft_tokens": cache.max_draft_tokens > 0,
         "a model that is split over processes": cache.ranks.size > 1,
+        "latent attention, which caches one head,": bool(latents),
     }.items():
         if found:
             raise UnsupportedError(f"budgets of heads and {what} do not go together yet: write TopK(budget)")

@@ -243,11 +243,13 @@ class Passes(Cache, binding.Evicting):
             static.observe(group.index(layer), query)
             return one_token(module, function, original, query, key, value, static.visible(), **kwargs)
         assert step is not None
-        visible, store = step.visible(group, layer), group.store
+        store = group.store
         if step.decoding and isinstance(store, RaggedStore):
-            index = group.index(layer)
-            out = by_head(module, function, original, query, store, index, visible, **kwargs)
-        elif not step.decoding:
+            out = by_head(module, function, original, query, store, group.index(layer), **kwargs)
+            step.attended(group, layer, query, key, value, kwargs)
+            return out
+        visible = step.visible(group, layer)
+        if not step.decoding:
             out = turn(module, function, original, query, key, value, visible, mask, **kwargs)
         else:
             attend = one_token if step.width == 1 else several_tokens

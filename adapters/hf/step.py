@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters.hf import arguments
+from kvpolicy.adapters.hf.attention import seen, seen_slots
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.errors import UnsupportedError, UsageError
 from kvpolicy.ragged import RaggedStore
@@ -93,11 +94,8 @@ class Step:
         """
         store = group.store
         if isinstance(store, RaggedStore):
-            lengths = store.lengths()[store.rows_of(group.index(layer))].to(store.spec.device)
-            if not self.decoding and not store.longest:
-                return None
-            shared = store.spec.num_query_heads // store.spec.num_heads
-            return _seen(lengths.repeat_interleave(shared, 1), store.longest, self.width if self.decoding else 0)
+            index = group.index(layer)
+            return seen_slots(store, index, 0) if store.longest_in(index) else None  # a turn; decoding asks by itself
         return self._visible[id(group)]
 
     def attended(
@@ -174,10 +172,12 @@ class Step:
         if not self.decoding:
             turned = [count - self.tail for count in self.counts]
             self._turned[id(group)] = begin_turn(store, turned, group.logit_spec)
+        if isinstance(store, RaggedStore):
+            return
         if store.uniform and new <= 1 and (self.decoding or not store.longest):
             self._visible[id(group)] = None
             return
-        self._visible[id(group)] = _seen(store.column("length")[:, None], store.longest, new)
+        self._visible[id(group)] = seen(store.column("length")[:, None], store.longest, new)
 
     # The end
 
@@ -207,16 +207,6 @@ class Step:
             group.unsettled = before
         elif any(counts):
             group.evict_after(before, turn=False)
-
-
-def _seen(lengths: Tensor, longest: int, new: int) -> Tensor:
-    """Return which slots new tokens see, ``[requests, heads, tokens, slots]``, given ``[requests, heads]`` in use.
-
-    Each decoded token sees those before it and itself; how a turn sees itself is transformers' mask.
-    """
-    slots = torch.arange(longest + new, device=lengths.device)
-    stop = lengths[..., None] + torch.arange(1, new + 1, device=slots.device) if new else lengths[..., None]
-    return slots < stop[..., None]
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:

@@ -1,89 +1,89 @@
-"""Heads on several ranks: sums and decisions equal those of one device, to the last bit."""
+"""How a layer's slots are shared over its heads, against a pool that is filled one slot at a time."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+import math
 
+import pytest
 import torch
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvpolicy import LastQuery, LayerSpec, Normalize, Policy, Stochastic, TopK, ValueNorm, View, maximum
-from tests.core.views import view_of
-
-B, H, S, D, W = 2, 4, 40, 8, 4
-
-
-def several(shares: list[int], run: Callable[[int, int, Callable[[Tensor], Tensor]], Tensor]) -> list[Tensor]:
-    """Run one thread a rank; each is told its first head, its share, and what sums over all ranks."""
-    meeting = Barrier(len(shares), timeout=20)
-    brought: dict[int, Tensor] = {}
-
-    def rank(index: int) -> Tensor:
-        def all_reduce(t: Tensor) -> Tensor:
-            brought[index] = t
-            meeting.wait()
-            total = sum(brought[r] for r in range(len(shares)))
-            meeting.wait()
-            assert isinstance(total, Tensor)
-            return total
-
-        return run(sum(shares[:index]), shares[index], all_reduce)
-
-    with ThreadPoolExecutor(len(shares)) as pool:
-        return list(pool.map(rank, range(len(shares))))
+from kvpolicy import Adaptive, BudgetError, ModelSpec, ParameterError, PerHead, Policy, Scores, Sinks, TopK, ValueGuard
+from kvpolicy.scores import Tier
+from kvpolicy.testing.strategies import views
+from kvpolicy.view import View
 
 
-def shuffled() -> View:
-    """Return a view whose heads hold other tokens, each in an order of its own."""
-    torch.manual_seed(0)
-    keys, values, queries = (torch.randn(B, h, n, D, dtype=torch.float64) for h, n in ((H, S), (H, S), (2 * H, W)))
-    view = view_of(keys, values, budget=12, recent=4, queries=queries)
-    held = torch.stack([torch.randperm(2 * S - 4)[:S] for _ in range(B * H)]).view(B, H, S)
-    order = held.argsort(-1)
-    held = held.scatter(-1, order[..., -4:], torch.arange(2 * S - 4, 2 * S).expand(B, H, 4))
-    return dataclasses.replace(
-        view,
-        positions=held.int(),
-        order=order.int(),
-        seen=torch.full((B,), 2 * S),
-        query_positions=torch.arange(2 * S - W, 2 * S).int().expand(B, -1),
-    )
+def shared(scores: Scores, view: View, row: int, budget: int, floor: float) -> list[int]:
+    """Share a row's slots by hand: the floor of each head first, then the best of all heads."""
+    _, heads, size = view.shape
+    least = view.recent + math.floor((budget - view.recent) * floor + 1e-9)
+    pool = []
+    for head in range(heads):
+        slots = [s for s in range(size) if int(view.positions[row, head, s]) >= 0]
+        best = sorted(
+            slots,
+            key=lambda s: (scores.tier[row, head, s], scores.values[row, head, s], view.positions[row, head, s]),
+            reverse=True,
+        )
+        pool += [(rank < least, head, s) for rank, s in enumerate(best)]
+
+    def order(one: tuple[bool, int, int]) -> tuple[bool, int, float, int, int]:
+        sure, head, s = one
+        tier, value = int(scores.tier[row, head, s]), float(scores.values[row, head, s])
+        position = int(view.positions[row, head, s])
+        return (sure, 0, 0.0, 0, 0) if sure else (sure, tier, value, position, -head)
+
+    pool.sort(key=order, reverse=True)
+    kept = pool[: int(view.budget[row].sum())]
+    return [sum(head == one[1] for one in kept) for head in range(heads)]
 
 
-def part(view: View, first: int, share: int, all_reduce: Callable[[Tensor], Tensor]) -> View:
-    heads = slice(first, first + share)
-    names = ("keys", "values", "positions", "order", "fresh", "budget", "lengths")
-    some = {name: getattr(view, name)[:, heads] for name in names}
-    assert view.queries is not None
-    some["queries"] = view.queries[:, 2 * first : 2 * (first + share)]
-    return dataclasses.replace(view, **some, head_offset=first, all_reduce=all_reduce)
+@given(st.data())
+def test_it_is_what_a_pool_of_all_heads_gives(data: st.DataObject) -> None:
+    view = data.draw(views())
+    _, heads, _ = view.shape
+    budget = data.draw(st.integers(view.recent + 1, view.recent + 9))
+    floor = data.draw(st.sampled_from((0.0, 0.3, 0.5, 1.0)))
+    view = _with_budget(view, budget)
+    values = torch.randint(0, 4, view.shape, generator=torch.Generator().manual_seed(heads)).float()  # many are equal
+    scores = Scores.of(view, values, weights=True)
+    scores = scores.guard(view.candidates & (view.positions < 2), Tier.SINK)
+    found = Adaptive(budget, floor=floor).share(scores, view)
+    for row in range(view.shape[0]):
+        if int(view.lengths[row].sum()) >= int(view.budget[row].sum()) and int(view.lengths[row].min()) >= budget:
+            assert found[row].tolist() == shared(scores, view, row, budget, floor)
+            assert int(found[row].sum()) == budget * heads
 
 
-def spec(heads: int) -> LayerSpec:
-    return LayerSpec(heads, 2 * heads, D, D, S, torch.float64, torch.device("cpu"))
+def _with_budget(view: View, budget: int) -> View:
+    import dataclasses
+
+    return dataclasses.replace(view, budget=torch.full_like(view.budget, budget), max_budget=int(view.lengths.max()))
 
 
-def test_gathered_heads_are_those_of_the_model() -> None:
-    view = shuffled()
-    for shares in ([2, 2], [1, 3], [1, 1, 1, 1]):
-        found = several(shares, lambda *mine: part(view, *mine).gather_heads(part(view, *mine).order))
-        assert all(torch.equal(one, view.order) for one in found)
+@pytest.mark.parametrize(
+    "text",
+    ["TopK(Adaptive(96))", "TopK(Adaptive(96, floor=0.5, refresh=3))", "TopK(PerHead((96, 80)))",
+     "TopK(PerHead(((96, 80), (70, 90))))"],
+)  # fmt: skip
+def test_text_round_trips(text: str) -> None:
+    policy = Policy.parse(text)
+    assert Policy.parse(repr(policy)) == policy
+    assert Policy.parse(policy.text(full=True)) == policy
+    assert "head_budgets" in policy.needs
 
 
-def test_ranks_decide_as_one_device_does() -> None:
-    view = shuffled()
-    scorer = maximum(LastQuery() >> Normalize("z"), ValueNorm() >> Normalize("z"))
-    policy = Policy(scorer >> Stochastic() >> TopK(12), recent=4)
-    state = policy.init(spec(H), B)
-    expected = policy.select(view, state)[0].mask
-    scores = LastQuery().score(view, None).values
-    assert not torch.equal(scores[:, 0], scores[:, 1])
+def test_lists_are_tuples() -> None:
+    assert PerHead([[24, 20], [30, 40]]) == PerHead(((24, 20), (30, 40)))
 
-    for shares in ([2, 2], [1, 3], [1, 1, 1, 1]):
-        found = several(shares, lambda *mine: LastQuery().score(part(view, *mine), None).values)
-        assert torch.equal(torch.cat(found, 1), scores)
-        found = several(shares, lambda *mine: policy.select(part(view, *mine), policy.init(spec(mine[1]), B))[0].mask)
-        assert torch.equal(torch.cat(found, 1), expected)
+
+def test_what_does_not_fit_names_the_head_or_the_floor() -> None:
+    with pytest.raises(BudgetError, match="the KV head with the fewest slots: a budget of 8 is not larger than recent"):
+        Policy(TopK(PerHead((24, 8))), recent=8).plan(ModelSpec(2))
+    with pytest.raises(BudgetError, match=r"Adaptive\(24\) may leave a head with 11 slots: Sinks\(4\).*or the floor"):
+        Policy(Sinks(4) >> TopK(Adaptive(24)), recent=8).plan(ModelSpec(2))
+    with pytest.raises(ParameterError, match="PerLayer may leave layers alone"):
+        PerHead((24, None))
+    Policy(ValueGuard() >> TopK(Adaptive(24, floor=0.5)), recent=8).plan(ModelSpec(2))

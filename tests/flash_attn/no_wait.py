@@ -34,7 +34,7 @@ class _Device(TorchFunctionMode):
         tensors = list(_tensors((args, kwargs)))
         host = all(getattr(t, "of_host", False) for t in tensors)
         if name == "tensor":
-            if kwargs.get("device") is not None:
+            if kwargs.get("device") not in (None, "cpu"):
                 raise Waited("a plain copy to the device waits for it: write on_device(...)")
             made = func(*args, **kwargs)
             made.of_host = True
@@ -50,9 +50,9 @@ class _Device(TorchFunctionMode):
             if name == "repeat_interleave" and len(tensors) > 1 and "output_size" not in kwargs:
                 raise Waited(name)
             return func(*args, **kwargs)
+        if name == "to" and any(isinstance(a, torch.device) for a in (*args, *kwargs.values())):
+            raise Waited("a plain copy to the device waits for it: write sent(...)")
         made = func(*args, **kwargs)
-        if name in ("to", "pin_memory"):
-            return made.clone() if made is args[0] else made
         for one in _tensors(made):
             one.of_host = True  # type: ignore[attr-defined]
         return made
@@ -74,8 +74,15 @@ def no_wait() -> Generator[None, None, None]:
     places = ("integrity", "adapters.flash_attn.given", "adapters.flash_attn.pages")
     with mock.patch.multiple(f"kvpolicy.{places[0]}", insist=_told), \
          mock.patch.multiple(f"kvpolicy.{places[1]}", insist=_told), \
-         mock.patch.multiple(f"kvpolicy.{places[2]}", insist=_told), _Device():  # fmt: skip
+         mock.patch.multiple(f"kvpolicy.{places[2]}", insist=_told), \
+         mock.patch.multiple("kvpolicy.host", _copied=_copied), \
+         mock.patch.multiple("kvpolicy.probabilities", readable=lambda _: False), _Device():  # fmt: skip
         yield
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    with torch._C.DisableTorchFunction():  # it is the device's from now on
+        return tensor.clone()
 
 
 def _told(right: Tensor, error: Exception) -> None:

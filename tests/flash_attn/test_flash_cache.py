@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy import Policy
+from kvpolicy import KeyNorm, PerLayer, Policy, TopK
 from kvpolicy.adapters.flash_attn import FlashCache
 from kvpolicy.adapters.hf import EvictionCache
 from tests.flash_attn.llama import forward
@@ -93,3 +93,19 @@ def test_it_keeps_what_the_transformers_adapter_keeps(name: str) -> None:
     assert min(mine.evictions) >= 5
     for layer in mine.layers:
         assert mine.positions(layer).equal(hers.positions(layer))
+
+
+@pytest.mark.parametrize("layers", [(24, None, 24), (None, 24, 20)])
+def test_a_layer_left_alone_grows(layers: tuple[int | None, ...]) -> None:
+    """Beyond the slots it began with, and behind a fork, which has none to spare."""
+    policy = Policy(KeyNorm() >> TopK(PerLayer(layers)), interval=8, recent=8)
+    model, (tokens, mask) = tiny("llama", torch.float64), padded([40, 33])
+    oracle, cache, counts = Oracle(model, policy), made(model, policy, 2), [40, 33]
+    for step in range(60):
+        expected = oracle.forward(tokens, mask)
+        assert (feed(model, cache, tokens, counts) - expected).abs().max() <= 1e-9
+        tokens, counts = expected.argmax(-1, keepdim=True), [1, 1]
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        if step in (5, 50):
+            cache = cache.fork()
+    assert min(cache.receipt().evictions) >= 5

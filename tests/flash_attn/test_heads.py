@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvpolicy import Adaptive, Attention, PerHead, Policy, TopK, UnsupportedError, UsageError
 from kvpolicy.adapters.flash_attn import EvictionState, FlashCache
@@ -71,6 +72,45 @@ def test_forks_and_reordered_rows_go_on_as_their_own() -> None:
     fork.check_integrity()
     cache.check_integrity()
     assert all(a.equal(b) for a, b in zip(cache.receipt().kept.values(), fork.receipt().kept.values(), strict=True))
+
+
+@pytest.mark.parametrize("floor", [0, 0.2])
+def test_a_turn_beside_layers_whose_heads_differ_more(floor: float) -> None:
+    """A layer takes a turn while another has a head that is longer than any of its own."""
+    policy = Policy(Attention(over="all") >> TopK(Adaptive(40, floor=floor)), interval=4, recent=4)
+    sizes = {"num_layers": 2, "num_heads": 2, "num_query_heads": 4, "head_dim": 16, "dtype": torch.float64}
+    cache, generator = FlashCache(policy, **sizes), torch.Generator().manual_seed(0)
+    for width in (200, 5, 1, 1, 1, 1, 7, 1):
+        before = cache.receipt() if any(cache.seen) else None
+        for layer in range(2):
+            q, k, v = (torch.randn(1, width, n, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+            if layer:
+                k = k * torch.tensor([0.01, 40.0]).to(k)[:, None]
+            keys, values = (t if before is None else held(cache, layer, t, n) for n, t in enumerate((k, v)))
+            out = cache.attend(layer, q, k, v)
+            assert torch.allclose(out, attended(q, keys, values), atol=1e-9)
+        cache.step()
+        cache.check_integrity()
+    longest = [int(store.held.max()) for store in [cache.groups[0].store] if isinstance(store, RaggedStore)]
+    assert longest
+
+
+def held(cache: FlashCache, layer: int, new: Tensor, which: int) -> list[Tensor]:
+    """Return the keys or values of each head of a row, the new tokens behind them."""
+    store = cache.groups[0].store
+    assert isinstance(store, RaggedStore)
+    return [torch.cat([pair[which][:-1], new[0, :, head]]) for head, pair in enumerate(store.heads_of(layer)[0])]
+
+
+def attended(q: Tensor, keys: Tensor | list[Tensor], values: Tensor | list[Tensor]) -> Tensor:
+    """Attend by hand, head by head."""
+    lines, (_, width, heads, _) = [], q.shape
+    for head in range(heads):
+        k, v = (t[head // 2] if isinstance(t, list) else t[0, :, head // 2] for t in (keys, values))
+        logits = q[0, :, head] @ k.T * q.shape[-1] ** -0.5
+        hidden = torch.ones(width, len(k), dtype=torch.bool).triu(len(k) - width + 1)
+        lines.append(logits.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
+    return torch.stack(lines, 1)[None]
 
 
 def test_the_slots_of_heads_are_freed() -> None:

@@ -90,7 +90,7 @@ def test_bytes_are_the_sum_over_heads(allocator: Allocator) -> None:
     model = tiny("llama", torch.float64)
     policy = Policy(KeyNorm() >> Stochastic() >> TopK(allocator), interval=8, recent=8)
     tokens, mask = padded([40, 33], 97)
-    budgets = sum(allocator.budgets_of) if isinstance(allocator, PerHead) else 2 * 24
+    budgets = sum(allocator.heads) if isinstance(allocator, PerHead) else 2 * 24
     before: list[int] = []
     layers, dim, rows = len(model.model.layers), model.config.hidden_size // model.config.num_attention_heads, 2
     lines = layers * rows * (budgets + 2 * 8)
@@ -282,3 +282,19 @@ def test_rows_of_several_policies_and_saving_are_refused() -> None:
         model(tokens, past_key_values=cache)
         with pytest.raises(UnsupportedError, match=r"save\(\)"):
             cache.save("never.safetensors")
+
+
+@pytest.mark.parametrize("name", ["vase, adaptive, refreshed", "h2o, adaptive", "streaming, split"])
+def test_a_small_workspace_shows_fewer_rows_at_once(name: str) -> None:
+    model, (tokens, mask), new = tiny("llama", torch.float64), padded([40, 33, 9], 97), text(3, 30)
+    found = []
+    for workspace in (2**28, 1):
+        with EvictionCache(model, POLICIES[name], workspace=workspace) as cache:
+            ids, more = tokens, mask
+            for step in range(31):
+                places = (more.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                out = model(ids, attention_mask=more, position_ids=places, past_key_values=cache).logits[:, -1]
+                ids, more = new[:, step : step + 1], torch.cat([more, torch.ones_like(more[:, :1])], 1)
+            found.append((out, cache.receipt()))
+    assert (found[0][0] - found[1][0]).abs().max() <= 1e-9
+    assert all(torch.equal(found[0][1].positions(i), found[1][1].positions(i)) for i in found[0][1].layers)
