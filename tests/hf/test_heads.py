@@ -290,7 +290,7 @@ def test_a_small_workspace_shows_fewer_rows_at_once(name: str) -> None:
     found = []
     for workspace in (2**28, 1):
         with EvictionCache(model, POLICIES[name], workspace=workspace) as cache:
-            ids, more = tokens, mask
+            ids, more, out = tokens, mask, torch.zeros(0)
             for step in range(31):
                 places = (more.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
                 out = model(ids, attention_mask=more, position_ids=places, past_key_values=cache).logits[:, -1]

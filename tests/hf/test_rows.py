@@ -148,7 +148,7 @@ class NoLayer:
     [
         ([], BindError, "an empty list of policies"),
         ([zoo(24)["vase"], "vase(24)"], BindError, "is a text; write Policy.parse"),
-        ([zoo(24)["vase"], NoLayer()], UnsupportedError, "one policy leaves layer 0 alone, and another one evicts from it"),
+        ([zoo(24)["vase"], NoLayer()], UnsupportedError, "leaves layer 0 alone, and another one evicts"),
     ],
 )
 def test_what_cannot_be_bound(policies: list[EvictionPolicy], error: type[Exception], message: str) -> None:
