@@ -104,7 +104,7 @@ def _contestants(model: Any, evicting: Any, size: int, *, quarter: bool) -> dict
             cache = EvictionCache(evicting, vase(budget))
             prefill(evicting, cache, ids)
             found[f"{OURS}({budget})"] = Contestant(evicting, cache, lambda: None)
-        over_heads = EvictionCache(evicting, Policy(ValueGuard() >> Stochastic() >> TopK(Adaptive(size))))
+        over_heads = EvictionCache(evicting, Policy(ValueGuard() >> Stochastic() >> TopK(Adaptive(size, floor=0.5))))
         prefill(evicting, over_heads, ids)
         found[f"{OURS}, Adaptive({size})"] = Contestant(evicting, over_heads, lambda: None)
     return found
