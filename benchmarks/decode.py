@@ -100,13 +100,14 @@ def _contestants(model: Any, evicting: Any, size: int, *, quarter: bool) -> dict
             DYNAMIC: Contestant(model, dynamic, lambda: _rewind_dynamic(dynamic, size)),
             STATIC: Contestant(model, static, lambda: _rewind_static(static, size)),
         }
-        for budget in [size, size // 4] if quarter else [size]:
-            cache = EvictionCache(evicting, vase(budget))
+        over_heads = Policy(ValueGuard() >> Stochastic() >> TopK(Adaptive(size, floor=0.5)))
+        policies = {f"{OURS}({size})": vase(size), f"{OURS}, Adaptive({size})": over_heads}
+        if quarter:
+            policies[f"{OURS}({size // 4})"] = vase(size // 4)
+        for name, policy in policies.items():
+            cache = EvictionCache(evicting, policy)
             prefill(evicting, cache, ids)
-            found[f"{OURS}({budget})"] = Contestant(evicting, cache, lambda: None)
-        over_heads = EvictionCache(evicting, Policy(ValueGuard() >> Stochastic() >> TopK(Adaptive(size, floor=0.5))))
-        prefill(evicting, over_heads, ids)
-        found[f"{OURS}, Adaptive({size})"] = Contestant(evicting, over_heads, lambda: None)
+            found[name] = Contestant(evicting, cache, lambda: None)
     return found
 
 
