@@ -68,6 +68,7 @@ def test_an_eviction_stays_within_its_workspace(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gathering_decides_as_kvpolicy_does(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)  # values whose sizes do not tie where the guard ends: such code leaves ties to chance
     pair = Pair(320, Shape(heads=2, group=2, dim=16, dtype=dtype), tau=0)
     for _ in range(3):
         pair.ours()
