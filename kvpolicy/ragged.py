@@ -96,8 +96,8 @@ class RaggedStore(Store):
     def _place(self) -> None:
         """Tell the device where the slots of each head lie, and how many are in use."""
         sizes = (self.budgets + self.slack).flatten(0, 1)
-        first = sizes.cumsum(-1) - sizes + torch.arange(len(sizes), device="cpu")[:, None] * self.total
         device, starts = self.spec.device, sizes.cumsum(-1) - sizes
+        first = starts + torch.arange(len(sizes), device="cpu")[:, None] * self.total
         self._starts = starts.view(self.budgets.shape).tolist()
         self._sizes, self._first, self._used = (sent(t, device) for t in (sizes, first, self.held.flatten(0, 1)))
 
@@ -295,8 +295,8 @@ class RaggedStore(Store):
         shared = kept.sum(-1) == self.budgets[index].sum(-1)
         if plan.shared:  # a row that keeps its whole budget keeps as many in each head from now on
             self.budgets[index] = torch.where(shared[:, None], kept, self.budgets[index])
+            self._place()
         self._filled[index] = kept
-        self._place()
         head, slot = self._places(at)
         used = slot < sent(kept, slot.device).flatten()[head]
         source = survivors.flatten(0, 1)[head, slot.clamp(max=survivors.shape[-1] - 1)].clamp(min=0)
@@ -329,7 +329,6 @@ class RaggedStore(Store):
         """Take over how many slots are in use: those that :meth:`fill` wrote, or these."""
         if self._filled:
             held = torch.stack([self._filled.pop(index) for index in range(len(self.layers))])
-            self._place()
         self.held.copy_(held)
         self._used = sent(self.held.flatten(0, 1), self.spec.device)
 

@@ -279,13 +279,11 @@ class FlashCache:
             out, told = by_head.attend_decoded(self.backend, store, index, q, self.logits, lse=lse)
             store.observe(index, q.transpose(1, 2), ones, told)
             return out
-        features = TABLE[self.backend.name].has
-        in_kernel = "append_in_kernel" in features and group.evicts
+        in_kernel = "append_in_kernel" in TABLE[self.backend.name].has and group.evicts
         if not in_kernel:
             store.append(index, k.transpose(1, 2), v.transpose(1, 2), ones)
         if group.lengths is None:
             group.lengths = store.column("length").to(torch.int32) + (0 if in_kernel else 1)
-        uniform = store.rows[0].length + (0 if in_kernel else 1)
         k_cache, v_cache = self.cache(layer)
         out = self.backend.with_kvcache(
             q,
@@ -293,7 +291,7 @@ class FlashCache:
             v_cache,
             k if in_kernel else None,
             v if in_kernel else None,
-            cache_seqlens=group.lengths if "row_lengths" in features else uniform,
+            cache_seqlens=group.lengths,
             scale=self.logits.scaling,
             softcap=self.logits.softcap,
             return_lse=lse,
@@ -323,12 +321,12 @@ class FlashCache:
         if isinstance(store, RaggedStore):
             out, told = by_head.attend_turn(self.backend, store, index, q, keys, values, counts, self.logits, lse=lse)
         else:
-            row_lengths = "row_lengths" in TABLE[self.backend.name].has
+            assert group.lengths is not None
             out = self.backend.with_kvcache(
                 q,
                 seen_keys.transpose(1, 2),
                 seen_values.transpose(1, 2),
-                cache_seqlens=group.lengths if row_lengths and group.lengths is not None else keys.shape[2],
+                cache_seqlens=group.lengths,
                 scale=self.logits.scaling,
                 softcap=self.logits.softcap,
                 return_lse=lse,
