@@ -14,13 +14,14 @@ from kvpolicy.band import Band, Span
 from kvpolicy.compaction import compress
 from kvpolicy.host import on_device, on_host, sent
 from kvpolicy.integrity import insist_on_keep
+from kvpolicy.policy import LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.scattered import Scattered
 from kvpolicy.store import Store
 from kvpolicy.view import DEFAULT_WORKSPACE, StageState, State, View
 from kvpolicy.window import oldest_first, unrolled
 
-__all__ = ["LogitSpec", "due_rows", "evict", "evict_due", "fill_from"]
+__all__ = ["LogitSpec", "due_rows", "evict", "evict_due", "fill_from", "is_end"]
 
 _BYTES_PER_SLOT = 96  #: what tiers, keys of the total order and masks of one slot take at once
 
@@ -79,16 +80,25 @@ def due_rows(store: Store, before: Sequence[Row], after: Sequence[Row], *, turn:
         after: its rows with the tokens that are there to stay.
         turn: a turn ends.
     """
-    at_end = [
-        turn or (plan.interval is not None and row.decoded // plan.interval > old.decoded // plan.interval)
-        for row, old, plan in zip(after, before, store.plans, strict=True)
-    ]
+    at_end = [is_end(plan, old, row, turn=turn) for row, old, plan in zip(after, before, store.plans, strict=True)]
     due = [end and over for end, over in zip(at_end, store.over_budget(after), strict=True)]
     shown = [False] * len(due)
     for band in store.bands:
         if "every_query" in band.policy.needs:
             shown[band.first : band.stop] = at_end[band.first : band.stop]
     return due, shown
+
+
+def is_end(plan: LayerPlan, before: Row, after: Row, *, turn: bool) -> bool:
+    """Return whether a row has come to where its policy evicts, if it holds more than its budget.
+
+    Args:
+        plan: of its layers.
+        before: the row as it was.
+        after: the row with the tokens that are there to stay.
+        turn: a turn ends.
+    """
+    return turn or (plan.interval is not None and after.decoded // plan.interval > before.decoded // plan.interval)
 
 
 def evict(store: Store, due: Sequence[bool], logits: LogitSpec, shown: Sequence[bool] | None = None) -> None:

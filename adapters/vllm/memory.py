@@ -1,0 +1,119 @@
+"""Keys and values in vLLM's pages: read and moved where they lie, or unpacked where a kernel packs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.adapters.flash_attn.memory import Dense, Paged
+
+__all__ = ["Pages"]
+
+_DIGIT = 16  #: numbers below it are exact in every floating-point dtype of a cache
+
+
+class Pages:
+    """Show the keys and values of some rows and layers to an eviction.
+
+    Most backends see a layer's cache as ``[blocks, H, block_size, D + Dv]``, with any strides: slots are moved in
+    place. On a CPU, kernels permute what lies in a block; then the rows are unpacked, and what has changed is
+    written by the kernel that wrote it first.
+
+    Args:
+        layers: the attention modules, bound to their caches.
+        head_dim: size of a key.
+    """
+
+    def __init__(self, layers: Sequence[Any], head_dim: int) -> None:
+        self._layers, self._head_dim = layers, head_dim
+        self._packing: tuple[Tensor, Tensor] | None = None
+        self._found = False
+
+    def _caches(self, at: slice) -> list[Tensor]:
+        return [layer.kv_cache for layer in self._layers[at]]
+
+    def open(self, at: slice, table: Tensor, lengths: Sequence[int], kept: Sequence[int]) -> tuple[Any, Callable[[], None]]:
+        """Return the memory of some layers and rows, and what writes back what was changed in it.
+
+        Args:
+            at: layers, counted within the group.
+            table: ``[rows, blocks]``, the blocks of each row.
+            lengths: slots in use of each row, on the host.
+            kept: slots that stay in use.
+        """
+        caches = self._caches(at)
+        if not self._found:
+            self._packing, self._found = _packing(self._layers[0]), True
+        if self._packing is None:
+            keys, values = zip(*(_views(cache, self._head_dim) for cache in _joined(caches)), strict=True)
+            return Paged(keys, values, table), lambda: None
+        size = caches[0].shape[2]
+        table = table[:, : -(-max(lengths) // size)].to(torch.int64)
+        keys, values = (
+            torch.stack([_unpacked(cache, which, packing, table) for cache in caches])
+            for which, packing in enumerate(self._packing)
+        )
+
+        def write() -> None:
+            for number, layer in enumerate(self._layers[at]):
+                for row, (length, stay) in enumerate(zip(lengths, kept, strict=True)):
+                    if stay == length:
+                        continue
+                    slots = torch.arange(stay)
+                    places = table[row, slots // size] * size + slots % size
+                    new = (x[number, row, :stay].contiguous() for x in (keys, values))
+                    layer.impl.do_kv_cache_update(layer, *new, caches[number], places)
+
+        return Dense([keys], [values]), write
+
+
+def _views(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values ``[L, blocks, block_size, H, D]`` of ``[L, blocks, H, block_size, D + Dv]``."""
+    by_slot = cache.transpose(2, 3)
+    return by_slot[..., :head_dim], by_slot[..., head_dim:]
+
+
+def _joined(caches: Sequence[Tensor]) -> list[Tensor]:
+    """Return the caches of layers as one tensor where they lie at equal distances, else one by one."""
+    first, steps = caches[0], {b.data_ptr() - a.data_ptr() for a, b in zip(caches, caches[1:], strict=False)}
+    same = all(c.stride() == first.stride() and c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+               for c in caches)  # fmt: skip
+    if len(caches) == 1 or not same or len(steps) != 1 or min(steps) <= 0 or min(steps) % first.element_size():
+        return [cache[None] for cache in caches]
+    step = min(steps) // first.element_size()
+    sizes, strides = (len(caches), *first.shape), (step, *first.stride())
+    return [first.as_strided(sizes, strides, first.storage_offset())]
+
+
+def _unpacked(cache: Tensor, which: int, packing: Tensor, table: Tensor) -> Tensor:
+    """Return keys (0) or values (1) of some rows, ``[rows, slots, H, D]``."""
+    heads, size, both = cache.shape[1:]
+    blocks = cache.view(len(cache), heads, 2, -1)[table, :, which]  # [rows, blocks, H, size * D]
+    plain = blocks[..., packing].unflatten(-1, (size, both // 2))
+    return plain.transpose(2, 3).flatten(1, 2)
+
+
+def _packing(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Return where each number of a block lies, of keys and of values, or None where a cache is not packed.
+
+    Asks the kernel itself: it writes numbers that say where they were put.
+    """
+    cache = layer.kv_cache
+    if cache.device.type != "cpu":
+        return None
+    heads, size, both = cache.shape[1:]
+    dim = both // 2
+    number, place = torch.arange(size * dim), torch.zeros(2, size * dim, dtype=torch.int64)
+    scale = 1
+    while scale < size * dim:
+        digit = (number // scale % _DIGIT).to(cache.dtype).view(size, 1, dim).expand(-1, heads, -1).contiguous()
+        scratch = torch.zeros(1, *cache.shape[1:], dtype=cache.dtype)
+        layer.impl.do_kv_cache_update(layer, digit, digit.clone(), scratch, torch.arange(size))
+        place += scratch.view(heads, 2, -1)[0].to(torch.int64) * scale
+        scale *= _DIGIT
+    # `place` says which number lies at a place; its inverse says where a number lies.
+    keys, values = place.argsort(-1)
+    return keys, values

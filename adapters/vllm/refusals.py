@@ -1,0 +1,85 @@
+"""What vLLM can do and an evicting engine cannot: refused when it starts, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpolicy.adapters.vllm.config import ADAPTER
+from kvpolicy.errors import UnsupportedError
+
+__all__ = ["insist_on_engine", "insist_on_layer"]
+
+
+def insist_on_engine(vllm_config: Any) -> None:
+    """Refuse an engine whose parts cannot work with eviction.
+
+    Raises:
+        UnsupportedError: the message names what it is, and what to write instead.
+    """
+    cache, parallel, model = vllm_config.cache_config, vllm_config.parallel_config, vllm_config.model_config
+    attention = getattr(vllm_config, "attention_config", None)
+    cases = {
+        "an attention of latents (MLA)": (model.use_mla, "use kvpolicy.adapters.hf, which evicts latents"),
+        f"a {cache.cache_dtype} KV cache": (
+            cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
+            "leave --kv-cache-dtype out",
+        ),
+        "speculative decoding": (vllm_config.speculative_config is not None, "leave --speculative-config out"),
+        "a KV connector": (vllm_config.kv_transfer_config is not None, "leave --kv-transfer-config out"),
+        "decode context parallelism": (
+            parallel.decode_context_parallel_size > 1,
+            "leave --decode-context-parallel-size out; tensor parallelism works",
+        ),
+        "prefill context parallelism": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "leave --prefill-context-parallel-size out",
+        ),
+        "pipeline parallelism": (
+            parallel.pipeline_parallel_size > 1,
+            "leave --pipeline-parallel-size out; tensor parallelism works",
+        ),
+        "dual batch overlap": (getattr(parallel, "use_ubatching", False), "leave --enable-dbo out"),
+        "a pooling model": (model.runner_type == "pooling", "nothing is decoded that could be forgotten"),
+        "an encoder-decoder": (model.is_encoder_decoder, "use a decoder-only model"),
+        "prompt embeddings": (getattr(model, "enable_prompt_embeds", False), "leave --enable-prompt-embeds out"),
+        "fast prefill of layers that share keys": (
+            getattr(cache, "kv_sharing_fast_prefill", False),
+            "leave --kv-sharing-fast-prefill out",
+        ),
+        "a KV cache offloaded to the host": (
+            getattr(cache, "kv_offloading_size", None) is not None,
+            "leave --kv-offloading-size out",
+        ),
+        "HiSparse": (getattr(attention, "hisparse_config", None) is not None, "leave it out"),
+        "tokens of an image that see each other (a multimodal prefix)": (
+            getattr(model, "is_mm_prefix_lm", False),
+            "use the text model alone",
+        ),
+    }
+    for what, (found, instead) in cases.items():
+        if found:
+            raise UnsupportedError(f"{ADAPTER} cannot evict with {what}: {instead}")
+
+
+def insist_on_layer(name: str, layer: Any, spec: Any) -> None:
+    """Refuse a full-attention layer that cannot evict.
+
+    Args:
+        name: of the layer.
+        layer: vLLM's attention module.
+        spec: of its cache.
+    """
+    impl = layer.impl
+    cases = {
+        "ALiBi, whose biases count slots": getattr(impl, "alibi_slopes", None) is not None,
+        "keys that another layer made": getattr(layer, "kv_sharing_target_layer_name", None) is not None,
+        "a sliding window in a full-attention cache (leave --disable-hybrid-kv-cache-manager out)": (
+            spec.sliding_window is not None or getattr(layer, "sliding_window", None) is not None
+        ),
+        "chunks of local attention": spec.attention_chunk_size is not None,
+        "attention that is not causal": spec.non_causal,
+        f"a quantised cache ({spec.kv_quant_mode.name})": int(spec.kv_quant_mode) != 0,
+    }
+    for what, found in cases.items():
+        if found:
+            raise UnsupportedError(f"{ADAPTER} cannot evict from {name}, which has {what}")

@@ -1,0 +1,177 @@
+"""Which requests a step holds: :class:`RequestTable`, told by vLLM's interface for logits processors.
+
+That interface is how vLLM tells a worker the sampling parameters of its requests. Logits are left alone.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
+
+from kvpolicy.adapters.vllm.config import Config
+from kvpolicy.adapters.vllm.refusals import insist_on_engine
+from kvpolicy.adapters.vllm.settings import Settings
+from kvpolicy.errors import KVPolicyError
+
+__all__ = ["Request", "RequestTable", "table_of"]
+
+_tables: dict[str, RequestTable] = {}  #: of the engines of this process, by vLLM's name of their configuration
+
+
+@dataclass(eq=False)
+class Request:
+    """Know a request on the worker.
+
+    Attributes:
+        place: where its positions, queries and state are held.
+        prompt: tokens of its prompt.
+        settings: what it follows.
+        again: it was preempted, and its tokens are computed again.
+        output: vLLM's own list of its output tokens, which is the same list as long as the request lives.
+    """
+
+    place: int
+    prompt: int
+    settings: Settings
+    again: bool = False
+    output: list[int] | None = None
+
+
+class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[reportUntypedBaseClass]
+    """Follow which request is in which row, for model runners V1 and V2.
+
+    Attributes:
+        step: how many batches were told.
+        places: requests that can be held at once.
+    """
+
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
+        self.config = Config.of(vllm_config)
+        self.step = 0
+        self._rows: dict[int, Request] = {}
+        self._states = None if len(_) > 1 else _[0]  # of runner V2
+        if self.config is None:
+            return
+        insist_on_engine(vllm_config)
+        most = vllm_config.scheduler_config.max_num_seqs
+        # Runner V1 does not say when a request ends. One that waits is told from one that ended by who was
+        # there last, for which there are as many places again.
+        self.places = most if self._states is not None else 2 * most
+        self._free = list(range(self.places))[::-1]
+        self._known: dict[int, Request] = {}  #: in the order in which they were last in a batch
+        _tables[vllm_config.instance_id] = self
+
+    def rows(self, count: int, req_idx: Any) -> list[Request] | None:
+        """Return the requests of the rows of a step, or None where they are none, as in a warm-up.
+
+        Args:
+            count: rows, pads among them.
+            req_idx: ``[count]``, the number that runner V2 gives each request, or None.
+        """
+        if req_idx is not None:
+            return [self._rows[int(i)] for i in req_idx if int(i) in self._rows] or None
+        return [self._rows[i] for i in range(count) if i in self._rows] or None
+
+    # Runner V1
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests that came, went and changed rows."""
+        self.step += 1
+        if self.config is None or batch_update is None:
+            return
+        rows = self._rows
+        for index in batch_update.removed:
+            rows.pop(index, None)
+        for index, params, prompt, output in batch_update.added:
+            rows[index] = self._request(params, len(prompt or ()), output)
+        for first, second, direction in batch_update.moved:
+            moved, other = rows.pop(first, None), rows.pop(second, None)
+            if moved is not None:
+                rows[second] = moved
+            if other is not None and direction == MoveDirectionality.SWAP:
+                rows[first] = other
+
+    def _request(self, params: Any, prompt: int, output: list[int]) -> Request:
+        """Return the record of a request, which may have been in a batch before."""
+        found = self._known.pop(id(output), None)
+        if found is None:
+            found = Request(self._place(), prompt, Settings.of(self._asked, params), bool(output), output)
+        self._known[id(output)] = found
+        return found
+
+    @property
+    def _asked(self) -> Config:
+        assert self.config is not None
+        return self.config
+
+    def _place(self) -> int:
+        """Return a place that nobody needs."""
+        if self._free:
+            return self._free.pop()
+        here = {id(request) for request in self._rows.values()}
+        oldest = next(key for key, request in self._known.items() if id(request) not in here)
+        return self._known.pop(oldest).place
+
+    def apply(self, logits: Any, *_: Any) -> Any:
+        """Return the logits."""
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """Return True: logits are left alone."""
+        return True
+
+    # Runner V2
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Note a request; return False, since its logits are left alone."""
+        if self.config is not None and self._states is not None:
+            prompt, filled = (int(t.np[req_idx]) for t in (self._states.prompt_len, self._states.prefill_len))
+            settings = Settings.of(self.config, sampling_params)
+            self._rows[req_idx] = Request(req_idx, prompt, settings, filled > prompt)
+        return False
+
+    def apply_staged_writes(self) -> None:
+        """Note that a step begins."""
+        self.step += 1
+
+    # The process that takes requests
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Refuse what a request cannot ask for.
+
+        vLLM shows no configuration here. The engines of this process are asked: a request must fit one of them.
+        """
+        if not (sampling_params.extra_args or {}).get("kvpolicy"):
+            return
+        configs = [found for one in _engines() if (found := Config.of(one)) is not None]
+        try:
+            for number, config in enumerate(configs):
+                try:
+                    Settings.of(config, sampling_params)
+                    return
+                except KVPolicyError:
+                    if number == len(configs) - 1:
+                        raise
+        except KVPolicyError as error:
+            raise VLLMValidationError(str(error)) from error
+        raise VLLMValidationError(
+            "a request asks for kvpolicy in extra_args, and the engine was started without it: start it with "
+            '--additional-config \'{"kvpolicy": {"policy": "vase(1024)"}}\''
+        )
+
+
+def table_of(vllm_config: Any) -> RequestTable | None:
+    """Return who follows the requests of an engine of this process."""
+    return _tables.get(vllm_config.instance_id)
+
+
+def _engines() -> list[Any]:
+    """Return the configurations in this process."""
+    return [one for one in gc.get_objects() if isinstance(one, VllmConfig)]

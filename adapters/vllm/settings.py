@@ -1,0 +1,133 @@
+"""What one request asked for: :class:`Settings`, read from ``SamplingParams.extra_args``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from kvpolicy.adapters.vllm.config import KEY, Config, followed
+from kvpolicy.errors import BindError, BudgetError, KVPolicyError, UsageError, nearest
+from kvpolicy.policy import LayerPlan, Policy
+from kvpolicy.selectors import TopK
+
+__all__ = ["Settings"]
+
+_FIELDS = ("policy", "budget", "seed")
+_EXAMPLE = f'SamplingParams(extra_args={{"{KEY}": {{"budget": 512, "seed": 7}}}})'
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Say what a request follows.
+
+    Attributes:
+        policy: one object for equal texts; None where the request keeps everything.
+        plan: of each layer; None where the request keeps everything.
+        seed: keys randomness.
+    """
+
+    policy: Policy | None
+    plan: LayerPlan | None
+    seed: int
+
+    @property
+    def off(self) -> bool:
+        """Return whether the request keeps everything."""
+        return self.policy is None
+
+    @staticmethod
+    def of(config: Config, params: Any) -> Settings:
+        """Return what a request asked for.
+
+        Args:
+            config: of the engine.
+            params: vLLM's ``SamplingParams``. ``extra_args["kvpolicy"]`` is ``"off"``, or has any of ``policy``
+                (a text, or a name as ``snapkv``, which then has the engine's budget), ``budget`` and ``seed``.
+                Where no seed is there, ``params.seed`` is it, and 0 where that is None.
+
+        Raises:
+            KVPolicyError: the request asks for what is none, or for more than the engine set aside.
+        """
+        asked = (params.extra_args or {}).get(KEY) if params is not None else None
+        own = _read(config, json.dumps(asked, sort_keys=True, default=repr))
+        if own.seed is not None or own.settings.off:
+            return own.settings
+        seed = getattr(params, "seed", None) or 0
+        return own.settings if seed == 0 else Settings(own.settings.policy, own.settings.plan, seed)
+
+
+@dataclass(frozen=True)
+class _Read:
+    settings: Settings
+    seed: int | None
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(config: Config, text: str) -> _Read:
+    given = json.loads(text)
+    if given is None:
+        return _Read(Settings(*config.default, 0), None)
+    if given == "off":
+        if not config.exact:
+            raise UsageError(
+                f'{KEY} is "off": the engine prefills in bounded memory and has no room for a request that keeps '
+                f'everything; start it with "prefill": "exact"'
+            )
+        return _Read(Settings(None, None, 0), None)
+    if not isinstance(given, dict):
+        raise UsageError(f'{KEY} in extra_args is {given!r}; write "off", or as in {_EXAMPLE}')
+    for name in given:
+        if name not in _FIELDS:
+            raise UsageError(
+                f"{KEY} in extra_args has {name!r}{nearest(name, _FIELDS)}; it knows {', '.join(_FIELDS)}"
+            )
+    seed, budget, wanted = given.get("seed"), given.get("budget"), given.get("policy")
+    _check_integer("seed", seed, -(2**63))
+    _check_integer("budget", budget, 1)
+    if wanted is not None and not isinstance(wanted, str):
+        raise UsageError(f"{KEY} in extra_args: policy is {wanted!r}; write a text, as in vase(512)")
+    policy, plan = config.default
+    if wanted is not None:
+        named = re.fullmatch(r"\s*\w+\s*", wanted) is not None
+        text = f"{wanted.strip()}({budget or plan.budget})" if named else wanted
+        if budget is not None and not named:
+            raise UsageError(f"{KEY} in extra_args: {wanted!r} says its budget itself; leave budget={budget} out")
+        policy, plan = followed(text, config.interval)
+    elif budget is not None:
+        policy, plan = _with_budget(config, budget)
+    if plan.capacity > config.plan.capacity:
+        raise BudgetError(
+            f"{KEY} in extra_args: {policy!r} fills {plan.capacity} slots, and the engine sets {config.plan.capacity} "
+            f"aside for each request ({config.policy}); ask for at most {config.plan.capacity - (policy.interval or 0)}"
+        )
+    if plan.window > config.ring:
+        raise BindError(
+            f"{KEY} in extra_args: {policy!r} asks {plan.window} queries, and the engine remembers {config.ring}: "
+            f'start it with "window": {plan.window}'
+        )
+    return _Read(Settings(policy, plan, seed or 0), seed)
+
+
+def _check_integer(name: str, given: Any, least: int) -> None:
+    if given is None:
+        return
+    if not isinstance(given, int) or isinstance(given, bool) or not least <= given < 2**63:
+        raise UsageError(f"{KEY} in extra_args: {name} is {given!r}; write a whole number of at least {least}")
+
+
+def _with_budget(config: Config, budget: int) -> tuple[Policy, LayerPlan]:
+    """Return the engine's policy with another budget."""
+    policy, plan = config.default
+    if budget == plan.budget:
+        return policy, plan
+    if not isinstance(policy.chain.selector, TopK):
+        raise UsageError(f"{KEY} in extra_args: {policy!r} does not end with TopK; write policy= in place of budget=")
+    chain = dataclasses.replace(policy.chain, selector=TopK(budget))
+    try:
+        return followed(dataclasses.replace(policy, chain=chain).text(full=True))
+    except KVPolicyError as error:
+        raise UsageError(f"{KEY} in extra_args: budget={budget} does not fit {policy!r}: {error}") from error
