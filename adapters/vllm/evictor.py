@@ -83,7 +83,7 @@ class Evictor:
         self._lengths = torch.zeros(max(rows, tokens), dtype=torch.int32, device=self._device)
         self._lines = torch.zeros(tokens + rows, dtype=torch.int64, device=self._device)
         self.lines: Tensor | None = None
-        self.evictions = self.evicted = self.seconds = 0.0
+        self._counters = table.counters
 
     # One step
 
@@ -110,6 +110,7 @@ class Evictor:
         starts = np.array([n if p is None else p.row.length for n, p in zip(seen, held, strict=True)])
         self._count(requests, held, counts)
         self._place(cm, requests, counts, seen, starts)
+        self._counters.set("slots_in_use", float((starts + counts).sum()))
         host = cm.seq_lens_cpu_upper_bound.clone()
         host[:used] = torch.from_numpy(starts + counts).to(host.dtype)
         lengths[:used].copy_(sent(host[:used], self._device))
@@ -136,6 +137,8 @@ class Evictor:
         found = self._progress.get(request.place)
         if seen == 0 and (found is None or found[0] is not request or found[1].row.seen):
             row = Row(seed=request.settings.seed)
+            if request.again:
+                self._counters.add("recomputed_requests", 1)
             found = self._progress[request.place] = (request, _Progress(row, row))
         if found is None or found[0] is not request or found[1].row.seen != seen:
             known = None if found is None or found[0] is not request else found[1].row.seen
@@ -201,7 +204,7 @@ class Evictor:
         for _, batch in itertools.groupby(due, key=lambda r: (r if held[r].row.length > capacity else -1)):
             rows = list(batch)
             self._evict([requests[r] for r in rows], [held[r] for r in rows], table[rows])
-        self.seconds += time.perf_counter() - begin
+        self._counters.add("compaction_seconds", time.perf_counter() - begin)
 
     def _evict(self, requests: Sequence[Request], held: Sequence[_Progress], table: Tensor) -> None:
         policies, plans = [one.settings.policy for one in requests], [_plan(one) for one in requests]
@@ -217,8 +220,8 @@ class Evictor:
             self._arena.put(store, at, places)
             after = store.rows
         for progress, row in zip(held, after, strict=True):
-            self.evictions += row.evictions - progress.row.evictions
-            self.evicted += progress.row.length - row.length
+            self._counters.add("evictions", row.evictions - progress.row.evictions)
+            self._counters.add("evicted_tokens", progress.row.length - row.length)
             progress.row, progress.begun = row, True
 
     def _parts(self, rows: Sequence[Row]) -> list[slice]:

@@ -22,9 +22,11 @@ def register() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from kvpolicy.adapters.vllm import backends
+    from kvpolicy.adapters.vllm.board import open_board
     from kvpolicy.adapters.vllm.manager import EvictionManager
     from kvpolicy.adapters.vllm.spec import EvictionSpec
 
+    open_board()
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # the built-in specs come first, or never
     KVCacheSpecRegistry.register(EvictionSpec, EvictionManager, EvictionSpec)
     for member in AttentionBackendEnum:

@@ -5,16 +5,15 @@ That interface is how vLLM tells a worker the sampling parameters of its request
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from kvpolicy.adapters.vllm.config import Config
+from kvpolicy.adapters.vllm.board import announce, configs
+from kvpolicy.adapters.vllm.config import KEY, Config
 from kvpolicy.adapters.vllm.refusals import insist_on_engine
 from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.errors import KVPolicyError
@@ -65,6 +64,7 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
         self.places = most if self._states is not None else 2 * most
         self._free = list(range(self.places))[::-1]
         self._known: dict[int, Request] = {}  #: in the order in which they were last in a batch
+        self.counters = announce(self.config, vllm_config.instance_id, vllm_config.parallel_config.rank)
         _tables[vllm_config.instance_id] = self
 
     def rows(self, count: int, req_idx: Any) -> list[Request] | None:
@@ -146,18 +146,18 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
     def validate_params(cls, sampling_params: Any) -> None:
         """Refuse what a request cannot ask for.
 
-        vLLM shows no configuration here. The engines of this process are asked: a request must fit one of them.
+        vLLM shows no configuration here: the board has those of the engines; a request must fit one of them.
         """
-        if not (sampling_params.extra_args or {}).get("kvpolicy"):
+        if not (sampling_params.extra_args or {}).get(KEY):
             return
-        configs = [found for one in _engines() if (found := Config.of(one)) is not None]
+        found = configs()
         try:
-            for number, config in enumerate(configs):
+            for number, config in enumerate(found):
                 try:
                     Settings.of(config, sampling_params)
                     return
                 except KVPolicyError:
-                    if number == len(configs) - 1:
+                    if number == len(found) - 1:
                         raise
         except KVPolicyError as error:
             raise VLLMValidationError(str(error)) from error
@@ -170,8 +170,3 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
 def table_of(vllm_config: Any) -> RequestTable | None:
     """Return who follows the requests of an engine of this process."""
     return _tables.get(vllm_config.instance_id)
-
-
-def _engines() -> list[Any]:
-    """Return the configurations in this process."""
-    return [one for one in gc.get_objects() if isinstance(one, VllmConfig)]
