@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,16 @@ import vllm
 from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM
 
-TESTED = ("0.32.0",)
+from kvpolicy.adapters.vllm.plugin import TESTED
 
 
 def test_version_is_one_of_those_tested() -> None:
     assert Version(vllm.__version__).public in TESTED
+
+
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.logits_processors"])
+def test_vllm_is_told_of_kvpolicy(group: str) -> None:
+    assert "kvpolicy" in entry_points(group=group).names
 
 
 def test_vllm_generates_where_no_policy_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
