@@ -66,7 +66,7 @@ serve-demo: $(VLLM_READY) ## serve the same policy with vLLM, on loopback (PORT=
 	@model=$$($(VLLM_VENV)/bin/python -c 'from kvpolicy.cli.default_model import default_model; print(default_model())') || exit; \
 	echo "== in a minute, in another terminal:"; \
 	echo "curl http://127.0.0.1:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' -d" \
-		"'{\"model\": \"default\", \"max_tokens\": 400, \"messages\": [{\"role\": \"user\", \"content\": \"$(DEMO_PROMPT)\"}]}'"; \
+		"'{\"model\": \"default\", \"max_tokens\": 400, \"temperature\": 0, \"messages\": [{\"role\": \"user\", \"content\": \"$(DEMO_PROMPT)\"}]}'"; \
 	$(VLLM_RUN) exec $(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --port $(PORT) \
 		--model "$$model" --served-model-name default --max-model-len 4096 --dtype float32 --enforce-eager \
 		--additional-config '{"kvpolicy": {"policy": "$(DEMO_POLICY)", "interval": 64}}'
