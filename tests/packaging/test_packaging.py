@@ -32,13 +32,18 @@ OPTIONAL = {
 NOT_IN_HF_CLI = {"vllm", "flash_attn", "triton", "math_verify", "hypothesis", "pytest"}
 
 CHECK_METADATA = """
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points, files, version
 import kvpolicy
 assert kvpolicy.__version__ == version("kvpolicy"), kvpolicy.__version__
 for group in ("kvpolicy.stages", "kvpolicy.policies"):
     assert entry_points(group=group), group
     for entry in entry_points(group=group):
         assert entry.load().__name__ == entry.name, entry
+packaged = {str(file) for file in files("kvpolicy")}
+for group in ("vllm.general_plugins", "vllm.logits_processors"):  # whether they load, only vLLM can tell
+    (entry,) = entry_points(group=group)
+    module = entry.module.replace(".", "/")
+    assert {f"{module}.py", f"{module}/__init__.py"} & packaged, entry
 """
 
 
