@@ -51,6 +51,10 @@ class Arena:
         held += [t for state in self._states.values() for one in state if one is not None for t in one.slots + one.rows]
         return sum(t.numel() * t.element_size() for t in held)
 
+    def set_aside(self, policy: EvictionPolicy) -> None:
+        """Allocate what a policy remembers, before the first request follows it."""
+        self._state_of(policy)
+
     def _state_of(self, policy: EvictionPolicy) -> list[Tensor]:
         """Return what a policy remembers of every place, ``[layers, places, ...]``."""
         if policy not in self._states:

@@ -8,6 +8,7 @@ such an engine, and are stock for every other.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from vllm.config import get_current_vllm_config_or_none
@@ -15,7 +16,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from kvpolicy.adapters.vllm.config import ADAPTER, Config
-from kvpolicy.adapters.vllm.evictor import Evictor
+from kvpolicy.adapters.vllm.evictor import Evictor, reserve
 from kvpolicy.adapters.vllm.refusals import insist_on_engine
 from kvpolicy.adapters.vllm.spec import EvictionSpec
 from kvpolicy.errors import UnsupportedError
@@ -59,6 +60,11 @@ def _config() -> Config | None:
     return None if _asked[0] is None else Config.of(_asked[0])
 
 
+def _chunk(scheduler: Any) -> int:
+    """Return how many tokens of one request a step has at most."""
+    return min(scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or sys.maxsize)
+
+
 def _refusing(base: Any, name: str) -> type:
     class Refusing(base):
         @staticmethod
@@ -86,7 +92,7 @@ def _evicting(base: Any) -> type:
                 raise UnsupportedError(f"{ADAPTER} cannot evict from a cache of the kind {type(spec).__name__}")
             if isinstance(spec, EvictionSpec):
                 return spec
-            return EvictionSpec.of(spec, config, _asked[0].scheduler_config.max_num_batched_tokens)
+            return EvictionSpec.of(spec, config, _chunk(_asked[0].scheduler_config))
 
         @staticmethod
         def get_impl_cls() -> type:
@@ -107,6 +113,12 @@ def _impl(base: Any) -> type:
 
         kvpolicy_queries = None  #: ``[places * window + 1, Hq, D]``, the last line for queries that nobody asks
 
+        def __init__(self, *args: Any, **kw: Any) -> None:
+            super().__init__(*args, **kw)
+            # vLLM measures what a model takes, and gives the rest to the cache: what will be remembered of this
+            # layer's requests is set aside until it is.
+            self.kvpolicy_reserved = None if _sliding(self) else reserve(_asked[0], self)
+
         def forward(
             self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kw: Any
         ) -> Any:
@@ -118,6 +130,11 @@ def _impl(base: Any) -> type:
 
     Remembering.__name__ = Remembering.__qualname__ = f"Remembering{base.__name__}"
     return Remembering
+
+
+def _sliding(impl: Any) -> bool:
+    window = getattr(impl, "sliding_window", None)
+    return window not in (None, -1, (-1, -1))
 
 
 def _builder(base: Any) -> type:
@@ -135,6 +152,7 @@ def _builder(base: Any) -> type:
         def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kw: Any) -> Any:
             if self.evictor is None:
                 return super().build(common_prefix_len, common_attn_metadata, *args, **kw)
+            self.evictor.test(super().build, common_attn_metadata)
             metadata = super().build(0, self.evictor.step(common_attn_metadata), *args, **kw)
             metadata.kvpolicy_lines = self.evictor.lines
             return metadata

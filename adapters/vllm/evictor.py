@@ -17,6 +17,7 @@ from kvpolicy.adapters.vllm.config import Config
 from kvpolicy.adapters.vllm.memory import Pages
 from kvpolicy.adapters.vllm.refusals import insist_on_layer
 from kvpolicy.adapters.vllm.requests import Request, table_of
+from kvpolicy.adapters.vllm.selftest import WriteWatch, check_attention
 from kvpolicy.errors import IntegrityError
 from kvpolicy.eviction import LogitSpec, evict, is_end
 from kvpolicy.host import sent
@@ -72,18 +73,31 @@ class Evictor:
             spec.num_kv_heads, impl.num_heads, spec.head_size, spec.head_size_v, plan.capacity, spec.dtype, self._device
         )
         indices = [_index(name) for name in layer_names]
+        for module in modules:
+            module.impl.kvpolicy_reserved = None
         self._arena = Arena(layer, indices, table.places, self._config.ring)
+        self._arena.set_aside(self._config.default[0])
         for number, module in enumerate(modules):
             module.impl.kvpolicy_queries = None if self._arena.queries is None else self._arena.queries[number]
-        self._pages = Pages(modules, spec.head_size)
+        self._pages = Pages(modules, spec.head_size, spec.head_size_v)
+        self._watch, self._untested, self._first = WriteWatch(self._pages), True, modules[0]
         self._logits = _logits(modules, spec, vllm_config, self._config, self._device)
         self._progress: dict[int, tuple[Request, _Progress]] = {}
         self._step = table.step
         rows, tokens = vllm_config.scheduler_config.max_num_seqs + 1, vllm_config.scheduler_config.max_num_batched_tokens
         self._lengths = torch.zeros(max(rows, tokens), dtype=torch.int32, device=self._device)
         self._lines = torch.zeros(tokens + rows, dtype=torch.int64, device=self._device)
+        self._written = 0  #: lines that are not all for queries that nobody asks
         self.lines: Tensor | None = None
         self._counters = table.counters
+
+    def test(self, build: Any, cm: Any) -> None:
+        """Compare this engine with the full cache, before its first step."""
+        cache = self._first.kv_cache
+        busy = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._untested and isinstance(cache, Tensor) and cache.dim() == 4 and len(cache) > 2 and not busy:
+            self._untested = False
+            check_attention(build, cm, self._first, self._pages, self._logits_of(slice(0, 1)), self._block)
 
     # One step
 
@@ -103,11 +117,13 @@ class Evictor:
         if requests is None:  # a warm-up, or a graph that is captured
             self._direct(np.zeros(0, dtype=np.int64), cm.num_actual_tokens)
             return cm.replace(seq_lens=lengths)
+        self._watch.after()
         counts = counts[:used]
         seen = cm.seq_lens_cpu_upper_bound[:used].numpy().astype(np.int64) - counts
         held = [self._progress_of(request, int(n)) for request, n in zip(requests, seen, strict=True)]
         self._evict_due(requests, held, cm.block_table_tensor)
         starts = np.array([n if p is None else p.row.length for n, p in zip(seen, held, strict=True)])
+        self._watch_first(held, cm.block_table_tensor)
         self._count(requests, held, counts)
         self._place(cm, requests, counts, seen, starts)
         self._counters.set("slots_in_use", float((starts + counts).sum()))
@@ -145,6 +161,13 @@ class Evictor:
             raise IntegrityError(f"a request is at {seen} tokens, and {known} were counted: please report it")
         return found[1]
 
+    def _watch_first(self, held: Sequence[_Progress | None], table: Tensor) -> None:
+        """Look after the first token that is written into a slot other than the one that vLLM would take."""
+        if not self._watch.done:
+            moved = (r for r, one in enumerate(held) if one is not None and one.row.length < one.row.seen)
+            for r in itertools.islice(moved, 1):
+                self._watch.before(table[r : r + 1], held[r].row.length)
+
     def _count(self, requests: Sequence[Request], held: Sequence[_Progress | None], counts: np.ndarray) -> None:
         """Count the tokens of this step, which its forward pass will write."""
         for request, progress, count in zip(requests, held, counts.tolist(), strict=True):
@@ -177,10 +200,12 @@ class Evictor:
         """Write where queries go; those of padding go where nobody asks."""
         if not self._config.ring:
             return
-        whole = np.full(max(tokens, len(lines)), self._table.places * self._config.ring, dtype=np.int64)
+        size = max(tokens, len(lines))
+        # A graph that was captured for more tokens reads on behind those of this step.
+        whole = np.full(max(size, self._written), self._table.places * self._config.ring, dtype=np.int64)
         whole[: len(lines)] = lines
-        self.lines = self._lines[: len(whole)]
-        self.lines.copy_(sent(torch.from_numpy(whole), self._device))
+        self._lines[: len(whole)].copy_(sent(torch.from_numpy(whole), self._device))
+        self._written, self.lines = len(lines), self._lines[:size]
 
     # Evicting
 
@@ -236,6 +261,24 @@ class Evictor:
     def _logits_of(self, at: slice) -> LogitSpec:
         sinks = self._logits.sinks
         return self._logits if sinks is None else replace(self._logits, sinks=sinks[at])
+
+
+def reserve(vllm_config: Any, impl: Any) -> Tensor | None:
+    """Return memory of a GPU, as much as one layer's requests will be remembered in.
+
+    Args:
+        vllm_config: of the engine.
+        impl: of the layer, with its heads.
+    """
+    config, device = Config.of(vllm_config), torch.get_default_device()
+    if config is None or device.type == "cpu":
+        return None
+    size, dtype = impl.head_size, vllm_config.model_config.dtype
+    heads = (impl.num_kv_heads, impl.num_heads)
+    spec = LayerSpec(*heads, size, size, config.plan.capacity, dtype, torch.device("meta"))
+    arena = Arena(spec, [0], vllm_config.scheduler_config.max_num_seqs, config.ring)
+    arena.set_aside(config.default[0])
+    return torch.empty(arena.nbytes(), dtype=torch.uint8, device=device)
 
 
 def _plan(request: Request) -> LayerPlan:

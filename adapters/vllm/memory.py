@@ -25,10 +25,11 @@ class Pages:
     Args:
         layers: the attention modules, bound to their caches.
         head_dim: size of a key.
+        value_dim: size of a value.
     """
 
-    def __init__(self, layers: Sequence[Any], head_dim: int) -> None:
-        self._layers, self._head_dim = layers, head_dim
+    def __init__(self, layers: Sequence[Any], head_dim: int, value_dim: int) -> None:
+        self._layers, self._head_dim, self.value_dim = layers, head_dim, value_dim
         self._packing: tuple[Tensor, Tensor] | None = None
         self._found = False
 

@@ -6,7 +6,7 @@ import warnings
 
 from kvpolicy.errors import UntestedVersionWarning
 
-__all__ = ["TESTED", "register"]
+__all__ = ["TESTED", "register", "warn_of_version"]
 
 #: Versions of vLLM that the tests ran with, oldest first.
 TESTED = ("0.32.0",)
@@ -38,16 +38,14 @@ def register() -> None:
             register_backend(member, f"{_HERE}.{member.name}")
 
 
-def warn_of_version() -> bool:
-    """Return whether this version of vLLM was tested, and warn where it was not."""
+def warn_of_version() -> None:
+    """Warn where this version of vLLM was not tested; what is relied on is compared in every version."""
     from vllm import __version__
 
-    if __version__.split("+")[0] in TESTED:
-        return True
-    warnings.warn(
-        f"kvpolicy was tested with vLLM {', '.join(TESTED)}, and this is {__version__}: it compares itself with the "
-        "full cache when it starts, and refuses to serve if they differ",
-        UntestedVersionWarning,
-        stacklevel=2,
-    )
-    return False
+    if __version__.split("+")[0] not in TESTED:
+        warnings.warn(
+            f"kvpolicy was tested with vLLM {', '.join(TESTED)}, and this is {__version__}: it compares itself with "
+            "the full cache when it starts, and refuses to serve if they differ",
+            UntestedVersionWarning,
+            stacklevel=2,
+        )

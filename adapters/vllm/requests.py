@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from kvpolicy.adapters.vllm.board import announce, configs
 from kvpolicy.adapters.vllm.config import KEY, Config
+from kvpolicy.adapters.vllm.plugin import warn_of_version
 from kvpolicy.adapters.vllm.refusals import insist_on_engine
 from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.errors import KVPolicyError
@@ -58,13 +59,16 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
         if self.config is None:
             return
         insist_on_engine(vllm_config)
+        warn_of_version()
         most = vllm_config.scheduler_config.max_num_seqs
         # Runner V1 does not say when a request ends. One that waits is told from one that ended by who was
         # there last, for which there are as many places again.
         self.places = most if self._states is not None else 2 * most
         self._free = list(range(self.places))[::-1]
         self._known: dict[int, Request] = {}  #: in the order in which they were last in a batch
-        self.counters = announce(self.config, vllm_config.instance_id, vllm_config.parallel_config.rank)
+        parallel = vllm_config.parallel_config
+        name = f"{vllm_config.instance_id}-{parallel.data_parallel_rank}"
+        self.counters = announce(self.config, name, parallel.rank)
         _tables[vllm_config.instance_id] = self
 
     def rows(self, count: int, req_idx: Any) -> list[Request] | None:
