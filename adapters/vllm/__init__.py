@@ -6,8 +6,10 @@ processes, and nothing else has to be called::
     LLM(model, additional_config={"kvpolicy": {"policy": "vase(1024)", "interval": 128}})
 """
 
+from kvpolicy.adapters.vllm.accounts import Account, account
 from kvpolicy.adapters.vllm.config import Config
+from kvpolicy.adapters.vllm.lengths import Reservation
 from kvpolicy.adapters.vllm.plugin import register
 from kvpolicy.adapters.vllm.settings import Settings
 
-__all__ = ["Config", "Settings", "register"]
+__all__ = ["Account", "Config", "Reservation", "Settings", "account", "register"]

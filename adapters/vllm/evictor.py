@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,93 +10,75 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters.vllm.arena import Arena
+from kvpolicy.adapters.vllm.buffers import Buffers
 from kvpolicy.adapters.vllm.config import Config
+from kvpolicy.adapters.vllm.cutting import Cutter
 from kvpolicy.adapters.vllm.memory import Pages
+from kvpolicy.adapters.vllm.progress import Progress
 from kvpolicy.adapters.vllm.refusals import insist_on_layer
 from kvpolicy.adapters.vllm.requests import Request, table_of
 from kvpolicy.adapters.vllm.selftest import WriteWatch, check_attention
 from kvpolicy.errors import IntegrityError
-from kvpolicy.eviction import LogitSpec, evict, is_end
-from kvpolicy.host import sent
-from kvpolicy.policy import LayerPlan
-from kvpolicy.row import Row
+from kvpolicy.eviction import LogitSpec
 from kvpolicy.view import LayerSpec
 
-__all__ = ["Evictor"]
-
-
-@dataclass
-class _Progress:
-    """Know how far a request is.
-
-    Attributes:
-        row: counts, with the tokens of the last step.
-        before: the row before that step.
-        turn: that step ended a turn.
-        begun: a policy has seen it.
-    """
-
-    row: Row
-    before: Row
-    turn: bool = False
-    begun: bool = False
+__all__ = ["Evictor", "reserve"]
 
 
 class Evictor:
-    """Evict from the layers of one KV cache group of a worker.
+    """Let the layers of one KV cache group of a worker evict.
 
     Args:
         spec: an ``EvictionSpec``, with the block size of the kernels.
         layer_names: of the group.
         vllm_config: of the engine.
         device: of the caches.
-
-    Attributes:
-        lines: where each token's query of this step goes, ``[tokens]`` int64 on the device, a part of a buffer
-            that keeps its address; None where no query is remembered.
     """
 
-    def __init__(self, spec: Any, layer_names: Sequence[str], vllm_config: Any, device: torch.device) -> None:
+    def __init__(self, spec: Any, layer_names: Sequence[str], vllm_config: Any, device: Any) -> None:
         found = vllm_config.compilation_config.static_forward_context
         modules = [found[name] for name in layer_names]
         for name, module in zip(layer_names, modules, strict=True):
             insist_on_layer(name, module, spec)
+            module.impl.kvpolicy_reserved = None
         table = table_of(vllm_config)
         assert table is not None, "the logits processor is made before the layers' metadata builders"
-        self._table, self._config, self._device = table, spec.config, torch.device(device)
-        self._block = spec.block_size
-        plan, impl = self._config.plan, modules[0].impl
-        layer = LayerSpec(
-            spec.num_kv_heads, impl.num_heads, spec.head_size, spec.head_size_v, plan.capacity, spec.dtype, self._device
-        )
-        indices = [_index(name) for name in layer_names]
-        for module in modules:
-            module.impl.kvpolicy_reserved = None
-        self._arena = Arena(layer, indices, table.places, self._config.ring)
-        self._arena.set_aside(self._config.default[0])
+        table.evicts = True
+        self._table, self._step, self._first = table, table.step, modules[0]
+        config: Config = spec.config
+        self._exact, self._block, device = config.exact, spec.block_size, torch.device(device)
+        heads = (spec.num_kv_heads, modules[0].impl.num_heads)
+        layer = LayerSpec(*heads, spec.head_size, spec.head_size_v, config.plan.capacity, spec.dtype, device)
+        arena = Arena(layer, [_index(name) for name in layer_names], table.places, config.ring)
+        arena.set_aside(config.default[0])
         for number, module in enumerate(modules):
-            module.impl.kvpolicy_queries = None if self._arena.queries is None else self._arena.queries[number]
-        self._pages = Pages(modules, spec.head_size, spec.head_size_v)
-        self._watch, self._untested, self._first = WriteWatch(self._pages), True, modules[0]
-        self._logits = _logits(modules, spec, vllm_config, self._config, self._device)
-        self._progress: dict[int, tuple[Request, _Progress]] = {}
-        self._step = table.step
-        rows, tokens = vllm_config.scheduler_config.max_num_seqs + 1, vllm_config.scheduler_config.max_num_batched_tokens
-        self._lengths = torch.zeros(max(rows, tokens), dtype=torch.int32, device=self._device)
-        self._lines = torch.zeros(tokens + rows, dtype=torch.int64, device=self._device)
-        self._written = 0  #: lines that are not all for queries that nobody asks
-        self.lines: Tensor | None = None
-        self._counters = table.counters
+            module.impl.kvpolicy_queries = None if arena.queries is None else arena.queries[number]
+        self._pages = Pages(modules, spec.head_size, spec.head_size_v, packed=device.type == "cpu")
+        self._logits = _logits(modules, spec, vllm_config, config, device)
+        self._cutter = Cutter(arena, self._pages, self._logits, table.counters)
+        scheduler = vllm_config.scheduler_config
+        sizes = (scheduler.max_num_seqs + 1, scheduler.max_num_batched_tokens)
+        self._buffers = Buffers(*sizes, table.places, config.ring, device)
+        self._progress: dict[int, Progress] = {}  #: by place
+        self._watch, self._untested = WriteWatch(self._pages), True
+
+    @property
+    def lines(self) -> Tensor | None:
+        """Return where each token's query of this step goes, ``[tokens]``; None where none is remembered."""
+        return self._buffers.lines
 
     def test(self, build: Any, cm: Any) -> None:
-        """Compare this engine with the full cache, before its first step."""
+        """Compare this engine with the full cache, before its first step.
+
+        Args:
+            build: of the stock metadata builder.
+            cm: of that step.
+        """
         cache = self._first.kv_cache
-        busy = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        busy = cm.seq_lens.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self._untested and isinstance(cache, Tensor) and cache.dim() == 4 and len(cache) > 2 and not busy:
             self._untested = False
-            check_attention(build, cm, self._first, self._pages, self._logits_of(slice(0, 1)), self._block)
-
-    # One step
+            check_attention(build, cm, self._first, self._pages, self._logits, self._block)
 
     def step(self, cm: Any) -> Any:
         """Evict what is due, and return the step's metadata with slots in place of tokens.
@@ -110,157 +89,70 @@ class Evictor:
             cm: vLLM's ``CommonAttentionMetadata``.
         """
         counts = np.diff(cm.query_start_loc_cpu.numpy()).astype(np.int64)
-        used = int((counts > 0).sum())
-        requests = self._requests(cm, used)
-        lengths = self._lengths[: len(cm.seq_lens)]
-        lengths.copy_(cm.seq_lens)
+        counts = counts[: int((counts > 0).sum())]
+        requests = self._requests(cm, len(counts))
         if requests is None:  # a warm-up, or a graph that is captured
-            self._direct(np.zeros(0, dtype=np.int64), cm.num_actual_tokens)
-            return cm.replace(seq_lens=lengths)
+            none = np.zeros(0, dtype=np.int64)
+            self._buffers.direct(cm.num_actual_tokens, none, none, none)
+            return cm.replace(seq_lens=self._buffers.take_lengths(cm.seq_lens))
         self._watch.after()
-        counts = counts[:used]
-        seen = cm.seq_lens_cpu_upper_bound[:used].numpy().astype(np.int64) - counts
-        held = [self._progress_of(request, int(n)) for request, n in zip(requests, seen, strict=True)]
-        self._evict_due(requests, held, cm.block_table_tensor)
-        starts = np.array([n if p is None else p.row.length for n, p in zip(seen, held, strict=True)])
+        seen = cm.seq_lens_cpu_upper_bound[: len(counts)].numpy().astype(np.int64) - counts
+        held = [self._progress_of(request, n) for request, n in zip(requests, seen.tolist(), strict=True)]
+        due = [(row, one) for row, one in enumerate(held) if one is not None and one.due()]
+        if due:
+            self._cutter.cut(due, cm.block_table_tensor)
         self._watch_first(held, cm.block_table_tensor)
-        self._count(requests, held, counts)
-        self._place(cm, requests, counts, seen, starts)
-        self._counters.set("slots_in_use", float((starts + counts).sum()))
+        # A request that keeps everything has a slot for each token.
+        starts = np.array([n if one is None else one.row.length for n, one in zip(seen, held, strict=True)])
+        for one, count in zip(held, counts.tolist(), strict=True):
+            if one is not None:
+                one.advance(count, exact=self._exact)
+        self._buffers.place(cm, counts, starts, self._block)
+        places = np.array([-1 if one is None else one.request.place for one in held])
+        self._buffers.direct(cm.num_actual_tokens, counts, seen, places)
+        self._table.counters.set("slots_in_use", float((starts + counts).sum()))
         host = cm.seq_lens_cpu_upper_bound.clone()
-        host[:used] = torch.from_numpy(starts + counts).to(host.dtype)
-        lengths[:used].copy_(sent(host[:used], self._device))
+        host[: len(counts)] = torch.from_numpy(starts + counts)
         return cm.replace(
-            seq_lens=lengths,
+            seq_lens=self._buffers.take_lengths(cm.seq_lens, host[: len(counts)]),
             seq_lens_cpu_upper_bound=host,
             max_seq_len=int(host.max()),
             _num_computed_tokens_cache=None,
         )
 
-    def _requests(self, cm: Any, used: int) -> list[Request] | None:
+    def _requests(self, cm: Any, count: int) -> list[Request] | None:
+        """Return the requests of a step, or None where there are none."""
         if self._table.step == self._step:
             return None
         self._step = self._table.step
-        found = self._table.rows(used, None if cm.req_idx is None else cm.req_idx[:used])
-        if found is not None and len(found) != used:
-            raise IntegrityError(f"a step of {used} requests, and {len(found)} of them are known: please report it")
+        found = self._table.rows(count, None if cm.req_idx is None else cm.req_idx[:count])
+        if found is not None and len(found) != count:
+            raise IntegrityError(f"a step of {count} requests, and {len(found)} of them are known: please report it")
         return found
 
-    def _progress_of(self, request: Request, seen: int) -> _Progress | None:
+    def _progress_of(self, request: Request, seen: int) -> Progress | None:
         """Return how far a request is, checked; None where it keeps everything."""
         if request.settings.off:
             return None
-        found = self._progress.get(request.place)
-        if seen == 0 and (found is None or found[0] is not request or found[1].row.seen):
-            row = Row(seed=request.settings.seed)
-            if request.again:
-                self._counters.add("recomputed_requests", 1)
-            found = self._progress[request.place] = (request, _Progress(row, row))
-        if found is None or found[0] is not request or found[1].row.seen != seen:
-            known = None if found is None or found[0] is not request else found[1].row.seen
+        held = self._progress.get(request.place)
+        if held is not None and held.request is request and held.row.seen == seen:
+            return held
+        if seen:
+            known = None if held is None or held.request is not request else held.row.seen
             raise IntegrityError(f"a request is at {seen} tokens, and {known} were counted: please report it")
-        return found[1]
+        if request.again:
+            self._table.counters.add("recomputed_requests", 1)
+        self._progress[request.place] = Progress.of(request)
+        return self._progress[request.place]
 
-    def _watch_first(self, held: Sequence[_Progress | None], table: Tensor) -> None:
+    def _watch_first(self, held: Sequence[Progress | None], table: Tensor) -> None:
         """Look after the first token that is written into a slot other than the one that vLLM would take."""
-        if not self._watch.done:
-            moved = (r for r, one in enumerate(held) if one is not None and one.row.length < one.row.seen)
-            for r in itertools.islice(moved, 1):
-                self._watch.before(table[r : r + 1], held[r].row.length)
-
-    def _count(self, requests: Sequence[Request], held: Sequence[_Progress | None], counts: np.ndarray) -> None:
-        """Count the tokens of this step, which its forward pass will write."""
-        for request, progress, count in zip(requests, held, counts.tolist(), strict=True):
-            if progress is None:
-                continue
-            decoding = count == 1 and progress.row.seen >= request.prompt
-            progress.before, progress.row = progress.row, progress.row.advanced(count, decoding=decoding)
-            # Where prompts are exact, all chunks of a prompt are one turn.
-            progress.turn = not decoding and (not self._config.exact or progress.row.seen >= request.prompt)
-
-    def _place(self, cm: Any, requests: Sequence[Request], counts: np.ndarray, seen: np.ndarray, starts: np.ndarray) -> None:
-        """Write where keys, values and queries of this step's tokens go."""
-        ends = counts.cumsum()
-        row = np.repeat(np.arange(len(counts)), counts)
-        nth = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        slot = torch.from_numpy(np.stack([row, starts[row] + nth]))
-        rows, slots = sent(slot, self._device)
-        blocks = cm.block_table_tensor[rows, slots // self._block].to(torch.int64)
-        cm.slot_mapping[: len(slots)].copy_(blocks * self._block + slots % self._block)
-        window = self._config.ring
-        if not window:
+        if self._watch.done:
             return
-        places = np.array([request.place for request in requests])
-        kept = np.array([not request.settings.off for request in requests])[row]
-        newest = nth >= np.repeat(counts, counts) - window
-        line = places[row] * window + (seen[row] + nth) % window
-        self._direct(np.where(kept & newest, line, self._table.places * window), cm.num_actual_tokens)
-
-    def _direct(self, lines: np.ndarray, tokens: int) -> None:
-        """Write where queries go; those of padding go where nobody asks."""
-        if not self._config.ring:
-            return
-        size = max(tokens, len(lines))
-        # A graph that was captured for more tokens reads on behind those of this step.
-        whole = np.full(max(size, self._written), self._table.places * self._config.ring, dtype=np.int64)
-        whole[: len(lines)] = lines
-        self._lines[: len(whole)].copy_(sent(torch.from_numpy(whole), self._device))
-        self._written, self.lines = len(lines), self._lines[:size]
-
-    # Evicting
-
-    def _evict_due(self, requests: Sequence[Request], held: Sequence[_Progress | None], table: Tensor) -> None:
-        """Evict from every request for which it is due."""
-        due: list[int] = []
-        for r, progress in enumerate(held):
-            if progress is not None:
-                plan = _plan(requests[r])
-                if is_end(plan, progress.before, progress.row, turn=progress.turn):
-                    shown = "every_query" in requests[r].settings.policy.needs
-                    if shown or progress.row.length > plan.budget:
-                        due.append(r)
-                progress.turn = False
-        if not due:
-            return
-        begin = time.perf_counter()
-        # Rows of one policy stand next to each other; a prompt that is longer than the slots is a batch of its own.
-        capacity = self._config.plan.capacity
-        due.sort(key=lambda r: (held[r].row.length > capacity, repr(requests[r].settings.policy), r))
-        for _, batch in itertools.groupby(due, key=lambda r: (r if held[r].row.length > capacity else -1)):
-            rows = list(batch)
-            self._evict([requests[r] for r in rows], [held[r] for r in rows], table[rows])
-        self._counters.add("compaction_seconds", time.perf_counter() - begin)
-
-    def _evict(self, requests: Sequence[Request], held: Sequence[_Progress], table: Tensor) -> None:
-        policies, plans = [one.settings.policy for one in requests], [_plan(one) for one in requests]
-        places, rows = [one.place for one in requests], [one.row for one in held]
-        over = [row.length > plan.budget for row, plan in zip(rows, plans, strict=True)]
-        kept = [plan.budget if cut else row.length for row, plan, cut in zip(rows, plans, over, strict=True)]
-        after = rows
-        for at in self._parts(rows):
-            store = self._arena.taken(at, places, policies, plans, rows, [one.begun for one in held])
-            store.memory, write = self._pages.open(at, table, [row.length for row in rows], kept)
-            evict(store, over, self._logits_of(at))
-            write()
-            self._arena.put(store, at, places)
-            after = store.rows
-        for progress, row in zip(held, after, strict=True):
-            self._counters.add("evictions", row.evictions - progress.row.evictions)
-            self._counters.add("evicted_tokens", progress.row.length - row.length)
-            progress.row, progress.begun = row, True
-
-    def _parts(self, rows: Sequence[Row]) -> list[slice]:
-        """Return parts of the layers whose copies fit into the workspace."""
-        spec = self._arena.spec
-        slots = max(spec.capacity, *(row.length for row in rows)) * spec.num_heads * 16
-        queries = self._config.ring * spec.num_query_heads * spec.head_dim * spec.dtype.itemsize
-        most = max(1, self._config.workspace // 2 // (len(rows) * (slots + queries)))
-        layers = len(self._arena.layers)
-        return [slice(first, min(first + most, layers)) for first in range(0, layers, most)]
-
-    def _logits_of(self, at: slice) -> LogitSpec:
-        sinks = self._logits.sinks
-        return self._logits if sinks is None else replace(self._logits, sinks=sinks[at])
+        for row, one in enumerate(held):
+            if one is not None and one.row.length < one.row.seen:
+                self._watch.before(table[row : row + 1], one.row.length)
+                return
 
 
 def reserve(vllm_config: Any, impl: Any) -> Tensor | None:
@@ -281,17 +173,11 @@ def reserve(vllm_config: Any, impl: Any) -> Tensor | None:
     return torch.empty(arena.nbytes(), dtype=torch.uint8, device=device)
 
 
-def _plan(request: Request) -> LayerPlan:
-    plan = request.settings.plan
-    assert plan is not None
-    return plan
-
-
 def _index(name: str) -> int:
     """Return the index of a layer in the model."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    return extract_layer_index(name)
+    return int(extract_layer_index(name))
 
 
 def _logits(modules: Sequence[Any], spec: Any, vllm_config: Any, config: Config, device: torch.device) -> LogitSpec:
@@ -303,14 +189,14 @@ def _logits(modules: Sequence[Any], spec: Any, vllm_config: Any, config: Config,
     )
 
     impl, model = modules[0].impl, vllm_config.model_config
-    ranks, rank, heads = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank(), spec.num_kv_heads
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
     total = model.get_total_num_kv_heads()
-    sinks = [getattr(module.impl, "sinks", None) for module in modules]
-    softcap = getattr(impl, "logits_soft_cap", None) or getattr(impl, "soft_cap", None)
+    sinks = [module.impl.sinks for module in modules if getattr(module.impl, "sinks", None) is not None]
+    softcap = getattr(impl, "logits_soft_cap", None)
     return LogitSpec(
         scaling=float(impl.scale),
         softcap=float(softcap) if softcap else None,
-        sinks=None if sinks[0] is None else torch.stack([one.float().to(device) for one in sinks]),
+        sinks=torch.stack([one.float().to(device) for one in sinks]) if len(sinks) == len(modules) else None,
         num_layers=model.get_total_num_hidden_layers(),
         num_heads=total,
         head_offset=rank * total // ranks,

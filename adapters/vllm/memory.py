@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpolicy.adapters.flash_attn.memory import Dense, Paged
+from kvpolicy.adapters.flash_attn.memory import Dense, Memory, Paged
 
 __all__ = ["Pages"]
 
@@ -26,17 +27,19 @@ class Pages:
         layers: the attention modules, bound to their caches.
         head_dim: size of a key.
         value_dim: size of a value.
+        packed: kernels permute what lies in a block.
     """
 
-    def __init__(self, layers: Sequence[Any], head_dim: int, value_dim: int) -> None:
-        self._layers, self._head_dim, self.value_dim = layers, head_dim, value_dim
+    def __init__(self, layers: Sequence[Any], head_dim: int, value_dim: int, *, packed: bool) -> None:
+        self._layers, self._head_dim, self.value_dim, self._packed = layers, head_dim, value_dim, packed
         self._packing: tuple[Tensor, Tensor] | None = None
-        self._found = False
 
     def _caches(self, at: slice) -> list[Tensor]:
         return [layer.kv_cache for layer in self._layers[at]]
 
-    def open(self, at: slice, table: Tensor, lengths: Sequence[int], kept: Sequence[int]) -> tuple[Any, Callable[[], None]]:
+    def open(
+        self, at: slice, table: Tensor, lengths: Sequence[int], kept: Sequence[int]
+    ) -> tuple[Memory, Callable[[], None]]:
         """Return the memory of some layers and rows, and what writes back what was changed in it.
 
         Args:
@@ -46,11 +49,11 @@ class Pages:
             kept: slots that stay in use.
         """
         caches = self._caches(at)
-        if not self._found:
-            self._packing, self._found = _packing(self._layers[0]), True
+        if not self._packed:
+            pieces = [_views(cache, self._head_dim) for cache in _joined(caches)]
+            return Paged([keys for keys, _ in pieces], [values for _, values in pieces], table), lambda: None
         if self._packing is None:
-            keys, values = zip(*(_views(cache, self._head_dim) for cache in _joined(caches)), strict=True)
-            return Paged(keys, values, table), lambda: None
+            self._packing = _packing(self._layers[0])
         size = caches[0].shape[2]
         table = table[:, : -(-max(lengths) // size)].to(torch.int64)
         keys, values = (
@@ -79,7 +82,7 @@ def _views(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def _joined(caches: Sequence[Tensor]) -> list[Tensor]:
     """Return the caches of layers as one tensor where they lie at equal distances, else one by one."""
-    first, steps = caches[0], {b.data_ptr() - a.data_ptr() for a, b in zip(caches, caches[1:], strict=False)}
+    first, steps = caches[0], {b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(caches)}
     same = all(c.stride() == first.stride() and c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
                for c in caches)  # fmt: skip
     if len(caches) == 1 or not same or len(steps) != 1 or min(steps) <= 0 or min(steps) % first.element_size():
@@ -97,14 +100,12 @@ def _unpacked(cache: Tensor, which: int, packing: Tensor, table: Tensor) -> Tens
     return plain.transpose(2, 3).flatten(1, 2)
 
 
-def _packing(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """Return where each number of a block lies, of keys and of values, or None where a cache is not packed.
+def _packing(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return where each number of a block lies, of keys and of values.
 
     Asks the kernel itself: it writes numbers that say where they were put.
     """
     cache = layer.kv_cache
-    if cache.device.type != "cpu":
-        return None
     heads, size, both = cache.shape[1:]
     dim = both // 2
     number, place = torch.arange(size * dim), torch.zeros(2, size * dim, dtype=torch.int64)

@@ -13,11 +13,11 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from kvpolicy.adapters.vllm.board import announce, configs
-from kvpolicy.adapters.vllm.config import KEY, Config
+from kvpolicy.adapters.vllm.config import ADAPTER, KEY, Config
 from kvpolicy.adapters.vllm.plugin import warn_of_version
 from kvpolicy.adapters.vllm.refusals import insist_on_engine
 from kvpolicy.adapters.vllm.settings import Settings
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.errors import KVPolicyError, UnsupportedError
 
 __all__ = ["Request", "RequestTable", "table_of"]
 
@@ -48,12 +48,13 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
 
     Attributes:
         step: how many batches were told.
+        evicts: some layer evicts; if none does, the first step is an error.
         places: requests that can be held at once.
     """
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.config = Config.of(vllm_config)
-        self.step = 0
+        self.step, self.evicts = 0, False
         self._rows: dict[int, Request] = {}
         self._states = None if len(_) > 1 else _[0]  # of runner V2
         if self.config is None:
@@ -82,11 +83,19 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
             return [self._rows[int(i)] for i in req_idx if int(i) in self._rows] or None
         return [self._rows[i] for i in range(count) if i in self._rows] or None
 
+    def _begin(self) -> None:
+        self.step += 1
+        if self.config is not None and not self.evicts:
+            raise UnsupportedError(
+                f"{ADAPTER} was asked for, and no layer of this model has full attention under a backend that evicts: "
+                "nothing would ever be forgotten; leave kvpolicy out of additional_config"
+            )
+
     # Runner V1
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the requests that came, went and changed rows."""
-        self.step += 1
+        self._begin()
         if self.config is None or batch_update is None:
             return
         rows = self._rows
@@ -142,7 +151,7 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
 
     def apply_staged_writes(self) -> None:
         """Note that a step begins."""
-        self.step += 1
+        self._begin()
 
     # The process that takes requests
 

@@ -82,9 +82,7 @@ def _read(config: Config, text: str) -> _Read:
         raise UsageError(f'{KEY} in extra_args is {given!r}; write "off", or as in {_EXAMPLE}')
     for name in given:
         if name not in _FIELDS:
-            raise UsageError(
-                f"{KEY} in extra_args has {name!r}{nearest(name, _FIELDS)}; it knows {', '.join(_FIELDS)}"
-            )
+            raise UsageError(f"{KEY} in extra_args has {name!r}{nearest(name, _FIELDS)}; it knows {', '.join(_FIELDS)}")
     seed, budget, wanted = given.get("seed"), given.get("budget"), given.get("policy")
     _check_integer("seed", seed, -(2**63))
     _check_integer("budget", budget, 1)

@@ -1,0 +1,64 @@
+"""What a request has cost, from its lengths: :func:`account`, since vLLM's outputs have no place for a receipt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpolicy.adapters.vllm.config import followed
+from kvpolicy.errors import UsageError
+from kvpolicy.eviction import is_end
+from kvpolicy.policy import Policy
+from kvpolicy.row import Row
+
+__all__ = ["Account", "account"]
+
+
+@dataclass(frozen=True)
+class Account:
+    """Count what happened to a request that was served.
+
+    Attributes:
+        seen: tokens whose keys and values were made: all but the last one of the answer.
+        slots: that it used in the end, in each layer and head.
+        most: that it used at once while it decoded, in each layer and head.
+        evictions: times that it was cut to its budget.
+        evicted: tokens that left the cache, in each layer and head.
+    """
+
+    seen: int
+    slots: int
+    most: int
+    evictions: int
+    evicted: int
+
+
+def account(policy: Policy | str, *, prompt: int, output: int, interval: int | None = None) -> Account:
+    """Return what a request has cost that was neither preempted nor prefilled in bounded memory.
+
+    The scheduler and the workers count in the same way: when an eviction is due, and how many slots it leaves,
+    follow from lengths alone.
+
+    Args:
+        policy: what it followed.
+        prompt: tokens of its prompt.
+        output: tokens of its answer.
+        interval: of the engine's configuration, in place of the policy's.
+
+    Raises:
+        UsageError: no token, or fewer.
+        UnsupportedError: a policy that vLLM's memory cannot follow.
+
+    >>> account("vase(1024)", prompt=3000, output=2000)
+    Account(seen=4999, slots=1039, most=1088, evictions=32, evicted=3960)
+    """
+    if prompt < 1 or output < 1:
+        raise UsageError(f"prompt={prompt} and output={output}: a request that was answered has both")
+    _, plan = followed(policy if isinstance(policy, str) else policy.text(full=True), interval)
+    row, most = Row().advanced(prompt, decoding=False), 0
+    before, turn = row, True
+    for _ in range(output - 1):  # an eviction comes before the step that writes the next token
+        if is_end(plan, before, row, turn=turn) and row.length > plan.budget:
+            row = row.evicted(plan.budget, plan.recent)
+        before, row, turn = row, row.advanced(1, decoding=True), False
+        most = max(most, row.length)
+    return Account(row.seen, row.length, most, row.evictions, row.seen - row.length)
