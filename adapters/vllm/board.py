@@ -65,7 +65,7 @@ def announce(config: Config, name: str, rank: int) -> Counters:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(asdict(config)))
     part.replace(path)
-    return Counters(folder / f"{name}-{rank}.counters", create=True)
+    return Counters(path.with_suffix(".counters"), create=True)
 
 
 def configs() -> list[Config]:
@@ -81,16 +81,21 @@ class Counters:
     """Hold numbers that another process may read.
 
     Args:
-        path: of the file.
+        path: of the file, which lies beside the engine's configuration.
         create: for a worker; it begins with zeros.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
-        size = len(COUNTERS)
+        self._path, size = path, len(COUNTERS)
         if create:
             path.write_bytes(bytes(8 * size))
         self._held = np.memmap(path, dtype=np.float64, mode="r+" if create else "r", shape=(size,))
         self._places = {name: place for place, name in enumerate(COUNTERS)}
+
+    def close(self) -> None:
+        """Take the engine off the board."""
+        for suffix in (".json", ".counters"):
+            self._path.with_suffix(suffix).unlink(missing_ok=True)
 
     def add(self, name: str, amount: float) -> None:
         """Add to a number."""

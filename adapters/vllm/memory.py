@@ -61,15 +61,14 @@ class Pages:
             for which, packing in enumerate(self._packing)
         )
 
+        moved = torch.tensor([[stay if stay < length else 0] for length, stay in zip(lengths, kept, strict=True)])
+        rows, slots = (torch.arange(max(kept)) < moved).nonzero().unbind(1)  # all slots that stay of rows that were cut
+        places = table[rows, slots // size] * size + slots % size
+
         def write() -> None:
-            for number, layer in enumerate(self._layers[at]):
-                for row, (length, stay) in enumerate(zip(lengths, kept, strict=True)):
-                    if stay == length:
-                        continue
-                    slots = torch.arange(stay)
-                    places = table[row, slots // size] * size + slots % size
-                    new = (x[number, row, :stay].contiguous() for x in (keys, values))
-                    layer.impl.do_kv_cache_update(layer, *new, caches[number], places)
+            for number, layer in enumerate(self._layers[at] if len(rows) else ()):
+                new = (x[number][rows, slots] for x in (keys, values))
+                layer.impl.do_kv_cache_update(layer, *new, caches[number], places)
 
         return Dense([keys], [values]), write
 

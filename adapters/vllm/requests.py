@@ -5,6 +5,7 @@ That interface is how vLLM tells a worker the sampling parameters of its request
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from kvpolicy.errors import KVPolicyError, UnsupportedError
 
 __all__ = ["Request", "RequestTable", "table_of"]
 
-_tables: dict[str, RequestTable] = {}  #: of the engines of this process, by vLLM's name of their configuration
+#: Of the engines of this process, by vLLM's name of their configuration.
+_tables: weakref.WeakValueDictionary[str, RequestTable] = weakref.WeakValueDictionary()
 
 
 @dataclass(eq=False)
@@ -70,6 +72,7 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
         parallel = vllm_config.parallel_config
         name = f"{vllm_config.instance_id}-{parallel.data_parallel_rank}"
         self.counters = announce(self.config, name, parallel.rank)
+        weakref.finalize(self, self.counters.close)
         _tables[vllm_config.instance_id] = self
 
     def rows(self, count: int, req_idx: Any) -> list[Request] | None:
