@@ -23,7 +23,7 @@ FOLDERS = ("kvpolicy", "policies", "adapters")
 # What a part of the package may miss where its extra is not installed, and nothing else may.
 OPTIONAL = {
     "kvpolicy.adapters.hf": {"transformers", "accelerate", "safetensors"},
-    "kvpolicy.adapters.vllm": {"vllm", "triton"},
+    "kvpolicy.adapters.vllm": {"vllm", "triton", "numpy"},  # numpy comes with vLLM
     "kvpolicy.adapters.flash_attn": {"flash_attn", "triton"},
     "kvpolicy.cli": {"typer", "rich", "transformers", "gguf", "math_verify"},
     "kvpolicy.testing": {"hypothesis", "pytest"},
