@@ -95,7 +95,8 @@ def test_four_padded_prompts_equal_four_single_runs_on_the_real_model() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_on_a_padded_batch(family: str) -> None:
-    model = tiny(family)
+    # A router's near tie is decided by a rounding, which differs between widths.
+    model = tiny(family, torch.float64 if "moe" in family else torch.float32)
     tokens, mask = padded([40, 31, 17], 97)
     options = {"max_new_tokens": 40, "do_sample": False}
     with EvictionCache(model, ZOO["vase"]) as cache:
