@@ -135,12 +135,14 @@ class Evictor:
         if request.settings.off:
             return None
         held = self._progress.get(request.place)
-        if held is not None and held.request is request and held.row.seen == seen:
+        if held is not None and held.request is not request:
+            held = None  # of the one that had the place before
+        if held is not None and held.row.seen == seen:
             return held
         if seen:
-            known = None if held is None or held.request is not request else held.row.seen
+            known = None if held is None else held.row.seen
             raise IntegrityError(f"a request is at {seen} tokens, and {known} were counted: please report it")
-        if request.again:
+        if request.again or (held is not None and held.row.evictions):
             self._table.counters.add("recomputed_requests", 1)
         self._progress[request.place] = Progress.of(request)
         return self._progress[request.place]

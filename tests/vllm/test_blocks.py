@@ -98,7 +98,12 @@ def test_decoding_never_preempts(folder: Path) -> None:
     preempted: list[int] = []
     core = scheduler(llm)
     original = core._preempt_request
-    core._preempt_request = lambda request, *rest: (preempted.append(request.request_id), original(request, *rest))
+
+    def preempt(request: Any, *rest: Any) -> Any:
+        preempted.append(request.request_id)
+        return original(request, *rest)
+
+    core._preempt_request = preempt
     answers(llm, [[i] * 40 for i in range(40)], params(150))
     assert not preempted
 

@@ -76,7 +76,7 @@ def test_a_prefix_that_sliding_layers_have_is_computed_for_the_others(tmp_path: 
     expected = reference(model, PROMPT, POLICY, 100)
     first, second = (answers(llm, [PROMPT], params(100))[0] for _ in range(2))
     assert agreeing(first, expected) == agreeing(second, expected) == 100
-    others = [one for one in scheduler(llm).kv_cache_manager.coordinator.single_type_managers]
+    others = list(scheduler(llm).kv_cache_manager.coordinator.single_type_managers)
     assert len(others) > len(managers(llm)) == 1
 
 
