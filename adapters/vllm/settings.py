@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,6 +19,7 @@ __all__ = ["Settings"]
 
 _FIELDS = ("policy", "budget", "seed")
 _EXAMPLE = f'SamplingParams(extra_args={{"{KEY}": {{"budget": 512, "seed": 7}}}})'
+_OVER_HTTP = f'"vllm_xargs": {{"{KEY}": "{{\\"budget\\": 512}}"}}'
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Settings:
             config: of the engine.
             params: vLLM's ``SamplingParams``. ``extra_args["kvpolicy"]`` is ``"off"``, or has any of ``policy``
                 (a text, or a name as ``snapkv``, which then has budget and interval of the engine, and no more
-                ``recent`` tokens than it), ``budget`` and ``seed``.
+                ``recent`` tokens than it), ``budget`` and ``seed``; or it is the JSON text of these, for vLLM's HTTP
+                API, whose ``vllm_xargs`` has no objects in it.
                 Where no seed is there, ``params.seed`` is it, and 0 where that is None.
 
         Raises:
@@ -79,8 +82,11 @@ def _read(config: Config, text: str) -> _Read:
                 f'everything; start it with "prefill": "exact"'
             )
         return _Read(Settings(None, None, 0), None)
+    if isinstance(given, str):  # vLLM's HTTP API has no objects in vllm_xargs
+        with contextlib.suppress(ValueError, RecursionError):
+            given = json.loads(given)
     if not isinstance(given, dict):
-        raise UsageError(f'{KEY} in extra_args is {given!r}; write "off", or as in {_EXAMPLE}')
+        raise UsageError(f'{KEY} in extra_args is {given!r}; write "off", or as in {_EXAMPLE}; over HTTP, {_OVER_HTTP}')
     for name in given:
         if name not in _FIELDS:
             raise UsageError(f"{KEY} in extra_args has {name!r}{nearest(name, _FIELDS)}; it knows {', '.join(_FIELDS)}")
