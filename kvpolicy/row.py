@@ -36,12 +36,17 @@ class Row:
     def advanced(self, count: int, *, decoding: bool) -> Row:
         """Return this row after ``count`` more tokens, which are decoded, or a turn."""
         prompt = self.prompt + count if not decoding and self.prompt == self.seen else self.prompt
-        return replace(
-            self,
-            length=self.length + count,
-            seen=self.seen + count,
-            prompt=prompt,
-            decoded=self.decoded + count if decoding else 0,
+        # Every row of every step comes here: `replace` takes three times as long.
+        return Row(
+            self.length + count,
+            self.settled,
+            self.seen + count,
+            prompt,
+            self.decoded + count if decoding else 0,
+            self.evictions,
+            self.intact,
+            self.request,
+            self.seed,
         )
 
     def whole(self, newest: int) -> bool:

@@ -59,9 +59,11 @@ class Buffers:
             block_size: slots of a block.
         """
         row, nth = _tokens(counts)
-        rows, slots = sent(torch.from_numpy(np.stack([row, starts[row] + nth])), self._device)
-        blocks = cm.block_table_tensor[rows, slots // block_size].to(torch.int64)
-        cm.slot_mapping[: len(slots)].copy_(blocks * block_size + slots % block_size)
+        # The host divides: what is left for the device is a look-up and a sum.
+        nth_block, offset = np.divmod(starts[row] + nth, block_size)
+        rows, blocks, offsets = sent(torch.from_numpy(np.stack([row, nth_block, offset])), self._device)
+        held = cm.block_table_tensor[rows, blocks]
+        torch.add(offsets, held, alpha=block_size, out=cm.slot_mapping[: len(row)])
 
     def direct(self, tokens: int, counts: Integers, seen: Integers, places: Integers) -> None:
         """Write where queries go; those of padding go where nobody asks.
@@ -87,6 +89,8 @@ class Buffers:
 
 def _tokens(counts: Integers) -> tuple[Integers, Integers]:
     """Return the row of each token of a step, and which of the row's tokens it is."""
+    if len(counts) and counts.max() == 1:  # all decode
+        return np.arange(len(counts)), np.zeros(len(counts), dtype=np.int64)
     row = np.repeat(np.arange(len(counts)), counts)
     first = np.cumsum(counts) - counts
     return row, np.arange(len(row)) - first[row]

@@ -56,10 +56,7 @@ class Pages:
             self._packing = _packing(self._layers[0])
         size = caches[0].shape[2]
         table = table[:, : -(-max(lengths) // size)].to(torch.int64)
-        keys, values = (
-            torch.stack([_unpacked(cache, which, packing, table) for cache in caches])
-            for which, packing in enumerate(self._packing)
-        )
+        keys, values = _unpacked(caches, self._packing, table)
 
         moved = torch.tensor([[stay if stay < length else 0] for length, stay in zip(lengths, kept, strict=True)])
         rows, slots = (torch.arange(max(kept)) < moved).nonzero().unbind(1)  # all slots that stay of rows that were cut
@@ -91,12 +88,43 @@ def _joined(caches: Sequence[Tensor]) -> list[Tensor]:
     return [first.as_strided(sizes, strides, first.storage_offset())]
 
 
-def _unpacked(cache: Tensor, which: int, packing: Tensor, table: Tensor) -> Tensor:
-    """Return keys (0) or values (1) of some rows, ``[rows, slots, H, D]``."""
-    heads, size, both = cache.shape[1:]
-    blocks = cache.view(len(cache), heads, 2, -1)[table, :, which]  # [rows, blocks, H, size * D]
-    plain = blocks[..., packing].unflatten(-1, (size, both // 2))
-    return plain.transpose(2, 3).flatten(1, 2)
+def _unpacked(caches: Sequence[Tensor], packing: Sequence[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values of some layers and rows, each ``[L, rows, slots, H, D]``."""
+    heads, size, both = caches[0].shape[1:]
+    (rows, count), dim = table.shape, both // 2
+    keys, values = caches[0].new_empty(2, len(caches), rows * count, size, heads, dim)
+    steps = [_steps(one) for one in packing]
+    for number, cache in enumerate(caches):
+        blocks = cache.index_select(0, table.flatten()).view(rows * count, heads, 2, size * dim)
+        for which, out in enumerate((keys[number], values[number])):
+            _unpack(blocks[:, :, which], packing[which], steps[which], out)
+    shape = (len(caches), rows, count * size, heads, dim)
+    return keys.view(shape), values.view(shape)
+
+
+def _unpack(blocks: Tensor, packing: Tensor, steps: list[int] | None, out: Tensor) -> None:
+    """Copy blocks ``[n, H, size * dim]`` to ``[n, size, H, dim]``, where numbers lie in order."""
+    count, size, heads, dim = out.shape
+    if steps is None:
+        out.copy_(blocks[..., packing].unflatten(-1, (size, dim)).transpose(1, 2))
+        return
+    if steps[-1] == 1 and out.dtype.itemsize == 2:  # neighbours stay neighbours: two are copied as one
+        blocks, out, steps = blocks.view(torch.int32), out.view(torch.int32), [step // 2 for step in steps[:-1]]
+    bits = size.bit_length() - 1
+    shape = (count, *[2] * bits, heads, *[2] * (len(steps) - bits))
+    strides = (blocks.stride(0), *steps[:bits], blocks.stride(1), *steps[bits:])
+    out.view(shape).copy_(blocks.as_strided(shape, strides, blocks.storage_offset()))
+
+
+def _steps(packing: Tensor) -> list[int] | None:
+    """Return how far apart the bits of a number put it in its block, highest bit first; None where they do not.
+
+    Kernels cut axes and permute them: then a block is a strided view, which is copied faster than it is looked up.
+    """
+    number, bits = torch.arange(len(packing)), len(packing).bit_length() - 1
+    steps = [int(packing[1 << bit]) for bit in range(bits)]
+    place = sum(((number >> bit & 1) * step for bit, step in enumerate(steps)), torch.zeros_like(number))
+    return steps[::-1] if len(packing) == 1 << bits and torch.equal(place, packing) else None
 
 
 def _packing(layer: Any) -> tuple[Tensor, Tensor]:
