@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from kvpolicy.adapters.flash_attn.owned import OwnedStore
 from kvpolicy.host import on_device
 from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
-from kvpolicy.view import LayerSpec, State
+from kvpolicy.view import LayerSpec
 
 __all__ = ["Arena"]
+
+#: Of a tensor that policies remember: whether it has slots, its shape behind the places, dtype, and which of them.
+_Kind: TypeAlias = tuple[bool, tuple[int, ...], torch.dtype, int]
 
 
 class Arena:
@@ -43,12 +47,12 @@ class Arena:
         if window:
             lines = (len(layers), places * window + 1, spec.num_query_heads, spec.head_dim)
             self.queries = torch.empty(lines, dtype=spec.dtype, device=spec.device)
-        self._states: dict[EvictionPolicy, State] = {}
+        self._states: dict[_Kind, Tensor] = {}
 
     def nbytes(self) -> int:
         """Return the bytes of all that is held."""
         held = [self.positions, self.order, *([] if self.queries is None else [self.queries])]
-        held += [t for state in self._states.values() for one in state if one is not None for t in one.slots + one.rows]
+        held += self._states.values()
         return sum(t.numel() * t.element_size() for t in held)
 
     def set_aside(self, policy: EvictionPolicy) -> None:
@@ -56,11 +60,25 @@ class Arena:
         self._state_of(policy)
 
     def _state_of(self, policy: EvictionPolicy) -> list[Tensor]:
-        """Return what a policy remembers of every place, ``[layers, places, ...]``."""
-        if policy not in self._states:
-            self._states[policy] = policy.init(self.spec, len(self.layers) * self._places)
-        held = [t for one in self._states[policy] if one is not None for t in (*one.slots, *one.rows)]
-        return [t.view(len(self.layers), self._places, *t.shape[1:]) for t in held]
+        """Return what a policy remembers of every place, ``[layers, places, ...]``.
+
+        A place belongs to one request, which follows one policy: policies share the tensors, so that as many
+        policies as requests like to name take no more memory than the one that remembers most.
+        """
+        held: list[Tensor] = []
+        kinds: dict[_Kind, None] = {}
+        for one in policy.init(replace(self.spec, device=torch.device("meta")), 1):
+            for by_slot, tensors in () if one is None else ((True, one.slots), (False, one.rows)):
+                for t in tensors:
+                    shape = tuple(t.shape[1:])
+                    nth = sum(kind[:3] == (by_slot, shape, t.dtype) for kind in kinds)
+                    kinds[by_slot, shape, t.dtype, nth] = None
+        for kind in kinds:
+            if kind not in self._states:
+                sizes = (len(self.layers), self._places, *kind[1])
+                self._states[kind] = torch.zeros(sizes, dtype=kind[2], device=self.spec.device)
+            held.append(self._states[kind])
+        return held
 
     def taken(
         self,

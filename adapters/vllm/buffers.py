@@ -31,8 +31,8 @@ class Buffers:
 
     def __init__(self, rows: int, tokens: int, places: int, window: int, device: torch.device) -> None:
         self._lengths = torch.zeros(max(rows, tokens), dtype=torch.int32, device=device)
-        self._lines = torch.zeros(tokens + rows, dtype=torch.int64, device=device)
         self._nobody, self._window, self._device = places * window, window, device
+        self._lines = torch.full((tokens + rows,), self._nobody, dtype=torch.int64, device=device)
         self._written = 0  #: lines that may be for a query that somebody asks
         self.lines: Tensor | None = None  #: of this step, ``[tokens]``; None where no query is remembered
 
@@ -49,7 +49,7 @@ class Buffers:
             held[: len(known)].copy_(sent(known, self._device))
         return held
 
-    def place(self, cm: Any, counts: Integers, starts: Integers, block_size: int) -> None:
+    def map_slots(self, cm: Any, counts: Integers, starts: Integers, block_size: int) -> None:
         """Write into ``cm.slot_mapping`` where the keys and values of a step's tokens go.
 
         Args:

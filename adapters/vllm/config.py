@@ -89,8 +89,9 @@ class Config:
             vllm_config: vLLM's configuration.
         """
         asked = vllm_config.additional_config
-        given = asked.get(KEY) if isinstance(asked, dict) else None
-        return None if given is None else _read(json.dumps(given, sort_keys=True, default=repr))
+        if not isinstance(asked, dict) or KEY not in asked:
+            return None
+        return _read(json.dumps(asked[KEY], sort_keys=True, default=repr))
 
 
 @functools.cache
@@ -107,7 +108,7 @@ def _read(text: str) -> Config:
     return Config(**given)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # requests name policies: as many as they like
 def followed(text: str, interval: int | None = None) -> tuple[Policy, LayerPlan]:
     """Return a policy, one object for equal texts, and the plan of each layer.
 

@@ -29,10 +29,10 @@ class Cutter:
         arena: what is remembered of the requests.
         pages: their keys and values.
         logits: what the model's attention does.
-        counters: are told what was done.
+        counters: are told what was done; None where another group of the model tells them.
     """
 
-    def __init__(self, arena: Arena, pages: Pages, logits: LogitSpec, counters: Counters) -> None:
+    def __init__(self, arena: Arena, pages: Pages, logits: LogitSpec, counters: Counters | None) -> None:
         self._arena, self._pages, self._logits, self._counters = arena, pages, logits, counters
 
     def cut(self, due: Sequence[tuple[int, Progress]], table: Tensor) -> None:
@@ -49,7 +49,8 @@ class Cutter:
         for _, batch in itertools.groupby(order, key=lambda one: one[0] if one[1].row.length > capacity else -1):
             rows, held = zip(*batch, strict=True)
             self._cut(held, table.index_select(0, on_device(rows, table.device)))
-        self._counters.add("compaction_seconds", time.perf_counter() - begin)
+        if self._counters is not None:
+            self._counters.add("compaction_seconds", time.perf_counter() - begin)
 
     def _cut(self, held: Sequence[Progress], table: Tensor) -> None:
         rows, places = [one.row for one in held], [one.request.place for one in held]
@@ -65,8 +66,9 @@ class Cutter:
             self._arena.put(store, at, places)
             after = store.rows
         for one, row in zip(held, after, strict=True):
-            self._counters.add("evictions", row.evictions - one.row.evictions)
-            self._counters.add("evicted_tokens", one.row.length - row.length)
+            if self._counters is not None:
+                self._counters.add("evictions", row.evictions - one.row.evictions)
+                self._counters.add("evicted_tokens", one.row.length - row.length)
             one.row, one.begun = row, True
 
     def _parts(self, rows: Sequence[Row]) -> Iterator[slice]:

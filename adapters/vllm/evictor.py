@@ -16,7 +16,7 @@ from kvpolicy.adapters.vllm.cutting import Cutter
 from kvpolicy.adapters.vllm.memory import Pages
 from kvpolicy.adapters.vllm.progress import Progress
 from kvpolicy.adapters.vllm.refusals import insist_on_layer
-from kvpolicy.adapters.vllm.requests import Request, table_of
+from kvpolicy.adapters.vllm.requests import Request, places_of, table_of
 from kvpolicy.adapters.vllm.selftest import WriteWatch, check_attention
 from kvpolicy.errors import IntegrityError
 from kvpolicy.eviction import LogitSpec
@@ -43,6 +43,8 @@ class Evictor:
             module.impl.kvpolicy_reserved = None
         table = table_of(vllm_config)
         assert table is not None, "the logits processor is made before the layers' metadata builders"
+        # What several groups of a model do at once is counted once.
+        self._counters = None if table.evicts else table.counters
         table.evicts = True
         self._table, self._step, self._first = table, table.step, modules[0]
         config: Config = spec.config
@@ -55,7 +57,7 @@ class Evictor:
             module.impl.kvpolicy_queries = None if arena.queries is None else arena.queries[number]
         self._pages = Pages(modules, spec.head_size, spec.head_size_v, packed=device.type == "cpu")
         self._logits = _logits(modules, spec, vllm_config, config, device)
-        self._cutter = Cutter(arena, self._pages, self._logits, table.counters)
+        self._cutter = Cutter(arena, self._pages, self._logits, self._counters)
         scheduler = vllm_config.scheduler_config
         sizes = (scheduler.max_num_seqs + 1, scheduler.max_num_batched_tokens)
         self._buffers = Buffers(*sizes, table.places, config.ring, device)
@@ -107,10 +109,11 @@ class Evictor:
         for one, count in zip(held, counts.tolist(), strict=True):
             if one is not None:
                 one.advance(count, exact=self._exact)
-        self._buffers.place(cm, counts, starts, self._block)
+        self._buffers.map_slots(cm, counts, starts, self._block)
         places = np.array([-1 if one is None else one.request.place for one in held])
         self._buffers.direct(cm.num_actual_tokens, counts, seen, places)
-        self._table.counters.set("slots_in_use", float((starts + counts).sum()))
+        if self._counters is not None:
+            self._counters.set("slots_in_use", float((starts + counts).sum()))
         host = cm.seq_lens_cpu_upper_bound.clone()
         host[: len(counts)] = torch.from_numpy(starts + counts)
         return cm.replace(
@@ -142,8 +145,8 @@ class Evictor:
         if seen:
             known = None if held is None else held.row.seen
             raise IntegrityError(f"a request is at {seen} tokens, and {known} were counted: please report it")
-        if request.again or (held is not None and held.row.evictions):
-            self._table.counters.add("recomputed_requests", 1)
+        if self._counters is not None and (request.again or (held is not None and held.row.evictions)):
+            self._counters.add("recomputed_requests", 1)
         self._progress[request.place] = Progress.of(request)
         return self._progress[request.place]
 
@@ -170,7 +173,7 @@ def reserve(vllm_config: Any, impl: Any) -> Tensor | None:
     size, dtype = impl.head_size, vllm_config.model_config.dtype
     heads = (impl.num_kv_heads, impl.num_heads)
     spec = LayerSpec(*heads, size, size, config.plan.capacity, dtype, torch.device("meta"))
-    arena = Arena(spec, [0], vllm_config.scheduler_config.max_num_seqs, config.ring)
+    arena = Arena(spec, [0], places_of(vllm_config, v2=vllm_config.use_v2_model_runner), config.ring)
     arena.set_aside(config.default[0])
     return torch.empty(arena.nbytes(), dtype=torch.uint8, device=device)
 

@@ -38,7 +38,9 @@ class EvictionManager(SingleTypeKVCacheManager):  # pyright: ignore[reportUntype
 
     def __init__(self, kv_cache_spec: Any, *arguments: Any, **keywords: Any) -> None:
         super().__init__(kv_cache_spec, *arguments, **keywords)
-        self.enable_caching = True  # vLLM shows requests to managers that cache, and to no others
+        # vLLM shows requests to managers that cache, and to no others. What else it does with such a manager is
+        # overridden below: nothing is found, and nothing is ever cached.
+        self.enable_caching = True
         self._spec = kv_cache_spec
         self._default = kv_cache_spec.reservation(kv_cache_spec.config.plan)
         self._requests: dict[str, _Held] = {}
@@ -87,7 +89,7 @@ class EvictionManager(SingleTypeKVCacheManager):  # pyright: ignore[reportUntype
         if held is None or held.known:
             return
         held.known = True
-        settings = Settings.of(self._spec.config, request.sampling_params)
+        settings = Settings.served(self._spec.config, request.sampling_params)
         held.reservation = None if settings.plan is None else self._spec.reservation(settings.plan)
 
     # Giving back
@@ -101,6 +103,7 @@ class EvictionManager(SingleTypeKVCacheManager):  # pyright: ignore[reportUntype
         blocks = self.req_to_blocks.get(request_id)
         if held.reservation is None or not blocks or processed_computed_tokens <= held.end:
             return
+        # A worker's table still lists them, behind the slots that the request will ever use.
         surplus = blocks[held.reservation.decode :]
         if surplus:
             del blocks[held.reservation.decode :]

@@ -31,11 +31,11 @@ class Pages:
     """
 
     def __init__(self, layers: Sequence[Any], head_dim: int, value_dim: int, *, packed: bool) -> None:
-        self._layers, self._head_dim, self.value_dim, self._packed = layers, head_dim, value_dim, packed
+        self.layers, self._head_dim, self.value_dim, self._packed = layers, head_dim, value_dim, packed
         self._packing: tuple[Tensor, Tensor] | None = None
 
     def _caches(self, at: slice) -> list[Tensor]:
-        return [layer.kv_cache for layer in self._layers[at]]
+        return [layer.kv_cache for layer in self.layers[at]]
 
     def open(
         self, at: slice, table: Tensor, lengths: Sequence[int], kept: Sequence[int]
@@ -53,7 +53,7 @@ class Pages:
             pieces = [_views(cache, self._head_dim) for cache in _joined(caches)]
             return Paged([keys for keys, _ in pieces], [values for _, values in pieces], table), lambda: None
         if self._packing is None:
-            self._packing = _packing(self._layers[0])
+            self._packing = _packing(self.layers[0])
         size = caches[0].shape[2]
         table = table[:, : -(-max(lengths) // size)].to(torch.int64)
         keys, values = _unpacked(caches, self._packing, table)
@@ -63,7 +63,7 @@ class Pages:
         places = table[rows, slots // size] * size + slots % size
 
         def write() -> None:
-            for number, layer in enumerate(self._layers[at] if len(rows) else ()):
+            for number, layer in enumerate(self.layers[at] if len(rows) else ()):
                 new = (x[number][rows, slots] for x in (keys, values))
                 layer.impl.do_kv_cache_update(layer, *new, caches[number], places)
 

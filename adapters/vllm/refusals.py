@@ -38,6 +38,10 @@ def insist_on_engine(vllm_config: Any) -> None:
             parallel.pipeline_parallel_size > 1,
             "leave --pipeline-parallel-size out; tensor parallelism works",
         ),
+        "data parallelism of a mixture of experts": (
+            getattr(parallel, "data_parallel_size", 1) > 1 and getattr(model, "is_moe", False),
+            "leave --data-parallel-size out: a rank without requests runs batches that nothing tells from real ones",
+        ),
         "dual batch overlap": (getattr(parallel, "use_ubatching", False), "leave --enable-dbo out"),
         "a pooling model": (model.runner_type == "pooling", "nothing is decoded that could be forgotten"),
         "an encoder-decoder": (model.is_encoder_decoder, "use a decoder-only model"),

@@ -20,7 +20,7 @@ from kvpolicy.adapters.vllm.refusals import insist_on_engine, insist_on_some
 from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.errors import KVPolicyError
 
-__all__ = ["Request", "RequestTable", "table_of"]
+__all__ = ["Request", "RequestTable", "places_of", "table_of"]
 
 #: Of the engines of this process, by vLLM's name of their configuration.
 _tables: weakref.WeakValueDictionary[str, RequestTable] = weakref.WeakValueDictionary()
@@ -35,13 +35,15 @@ class Request:
         prompt: tokens of its prompt.
         settings: what it follows.
         again: it was preempted, and its tokens are computed again.
-        output: vLLM's own list of its output tokens, which is the same list as long as the request lives.
+        tokens: vLLM's own list of its prompt's tokens, the same list as long as the request lives; of runner V1.
+        output: vLLM's own list of its output tokens; of runner V1.
     """
 
     place: int
     prompt: int
     settings: Settings
     again: bool = False
+    tokens: list[int] | None = None
     output: list[int] | None = None
 
 
@@ -63,10 +65,7 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
             return
         insist_on_engine(vllm_config)
         warn_of_version()
-        most = vllm_config.scheduler_config.max_num_seqs
-        # Runner V1 does not say when a request ends. One that waits is told from one that ended by who was
-        # there last, for which there are as many places again.
-        self.places = most if self._states is not None else 2 * most
+        self.places = places_of(vllm_config, v2=self._states is not None)
         self._free = list(range(self.places))[::-1]
         self._known: dict[int, Request] = {}  #: in the order in which they were last in a batch
         parallel = vllm_config.parallel_config
@@ -100,9 +99,10 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
             return
         rows = self._rows
         for index in batch_update.removed:
-            rows.pop(index, None)
+            self._leave(index)
         for index, params, prompt, output in batch_update.added:
-            rows[index] = self._request(params, len(prompt or ()), output)
+            self._leave(index)
+            rows[index] = self._request(params, prompt, output)
         for first, second, direction in batch_update.moved:
             moved, other = rows.pop(first, None), rows.pop(second, None)
             if moved is not None:
@@ -110,13 +110,28 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
             if other is not None and direction == MoveDirectionality.SWAP:
                 rows[first] = other
 
-    def _request(self, params: Any, prompt: int, output: list[int]) -> Request:
+    def _leave(self, index: int) -> None:
+        """Take a request out of a row: it ends, or waits for a step."""
+        request = self._rows.pop(index, None)
+        if request is not None and self._known.pop(id(request.output), None) is request:
+            self._known[id(request.output)] = request
+
+    def _request(self, params: Any, prompt: list[int] | None, output: list[int]) -> Request:
         """Return the record of a request, which may have been in a batch before."""
-        found = self._known.pop(id(output), None)
+        found = self._known.get(id(output)) or self._again(prompt, output)
         if found is None:
-            found = Request(self._place(), prompt, Settings.of(self._asked, params), bool(output), output)
+            settings = Settings.served(self._asked, params)
+            found = Request(self._place(), len(prompt or ()), settings, bool(output), prompt, output)
+        self._known.pop(id(found.output), None)
+        found.output = output
         self._known[id(output)] = found
         return found
+
+    def _again(self, prompt: list[int] | None, output: list[int]) -> Request | None:
+        """Return a request that comes back with another list: async scheduling makes a new one of its output."""
+        here = {id(request) for request in self._rows.values()}
+        waiting = [one for one in self._known.values() if one.tokens is prompt and id(one) not in here]
+        return waiting[0] if output and prompt is not None and len(waiting) == 1 else None
 
     @property
     def _asked(self) -> Config:
@@ -145,7 +160,7 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
         """Note a request; return False, since its logits are left alone."""
         if self.config is not None and self._states is not None:
             prompt, filled = (int(t.np[req_idx]) for t in (self._states.prompt_len, self._states.prefill_len))
-            settings = Settings.of(self.config, sampling_params)
+            settings = Settings.served(self.config, sampling_params)
             self._rows[req_idx] = Request(req_idx, prompt, settings, filled > prompt)
         return False
 
@@ -159,25 +174,32 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
     def validate_params(cls, sampling_params: Any) -> None:
         """Refuse what a request cannot ask for.
 
-        vLLM shows no configuration here: the board has those of the engines; a request must fit one of them.
+        vLLM shows no configuration here: the board has those of the engines; a request must fit all of them.
         """
         if (sampling_params.extra_args or {}).get(KEY) is None:
             return
         found = configs()
         try:
-            for number, config in enumerate(found):
-                try:
-                    Settings.of(config, sampling_params)
-                    return
-                except KVPolicyError:
-                    if number == len(found) - 1:
-                        raise
+            for config in found:
+                Settings.of(config, sampling_params)
         except KVPolicyError as error:
             raise VLLMValidationError(str(error)) from error
+        if found:
+            return
         raise VLLMValidationError(
-            "a request asks for kvpolicy in extra_args, and the engine was started without it: start it with "
+            "a request asks for kvpolicy in extra_args, and no engine on this machine was started with it: write "
             '--additional-config \'{"kvpolicy": {"policy": "vase(1024)"}}\''
         )
+
+
+def places_of(vllm_config: Any, *, v2: bool) -> int:
+    """Return how many requests are remembered at once.
+
+    Runner V1 does not say when a request ends. One that waits is told from one that ended by who was in a batch
+    last, for which there are as many places again.
+    """
+    seats: int = vllm_config.scheduler_config.max_num_seqs
+    return seats if v2 else 2 * seats
 
 
 def table_of(vllm_config: Any) -> RequestTable | None:

@@ -131,7 +131,13 @@ class WriteWatch:
         self.done = False
 
     def before(self, table: Tensor, slot: int) -> None:
-        """Remember what lies in a slot of a row, before a step writes a token there."""
+        """Write something into a free slot of a row, before a step writes a token there."""
+        layer = self._pages.layers[0]
+        key, value = (_slot(self._pages, table, slot, slot + 1, which) for which in (0, 1))
+        size = layer.kv_cache.shape[2]
+        place = table[0, slot // size].to(torch.int64)[None] * size + slot % size
+        # Not what a token could write there, even one that was there before.
+        layer.impl.do_kv_cache_update(layer, (key + 1).contiguous(), value.contiguous(), layer.kv_cache, place)
         self._seen = table.clone(), slot, self._read(table, slot)
 
     def after(self) -> None:

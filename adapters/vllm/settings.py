@@ -6,19 +6,24 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from kvpolicy.adapters.vllm.config import KEY, Config, followed
 from kvpolicy.errors import BindError, BudgetError, KVPolicyError, UsageError, nearest
 from kvpolicy.policy import LayerPlan, Policy
 from kvpolicy.selectors import TopK
+from kvpolicy.view import LayerSpec
 
 __all__ = ["Settings"]
 
 _FIELDS = ("policy", "budget", "seed")
 _EXAMPLE = f'SamplingParams(extra_args={{"{KEY}": {{"budget": 512, "seed": 7}}}})'
+_MOST = 8  #: numbers that a request's policy may remember of a token
 _OVER_HTTP = f'"vllm_xargs": {{"{KEY}": "{{\\"budget\\": 512}}"}}'
 
 
@@ -62,6 +67,18 @@ class Settings:
             return own.settings
         seed = getattr(params, "seed", None) or 0
         return own.settings if seed == 0 else Settings(own.settings.policy, own.settings.plan, seed)
+
+    @staticmethod
+    def served(config: Config, params: Any) -> Settings:
+        """Return what an admitted request asked for; what the engine cannot do is logged, and it follows the engine.
+
+        Scheduler and workers ask here: one request must not end an engine that serves others.
+        """
+        try:
+            return Settings.of(config, params)
+        except KVPolicyError as error:
+            logging.getLogger(__name__).error("a request that was not validated follows the engine's policy: %s", error)
+            return Settings(*config.default, 0)
 
 
 @dataclass(frozen=True)
@@ -108,12 +125,22 @@ def _read(config: Config, text: str) -> _Read:
             f"{KEY} in extra_args: {policy!r} fills {plan.capacity} slots, and the engine sets {config.plan.capacity} "
             f"aside for each request ({config.policy}); ask for at most {config.plan.capacity - (policy.interval or 0)}"
         )
+    if _remembers(policy) > _MOST:
+        raise BindError(
+            f"{KEY} in extra_args: {policy!r} remembers {_remembers(policy)} numbers of a token; {_MOST} is most"
+        )
     if plan.window > config.ring:
         raise BindError(
             f"{KEY} in extra_args: {policy!r} asks {plan.window} queries, and the engine remembers {config.ring}: "
             f'start it with "window": {plan.window}'
         )
     return _Read(Settings(policy, plan, seed or 0), seed)
+
+
+def _remembers(policy: Policy) -> int:
+    """Return how many numbers of each token a policy remembers."""
+    spec = LayerSpec(1, 1, 8, 8, 8, torch.float32, torch.device("meta"))
+    return sum(t.shape[2:].numel() for one in policy.init(spec, 1) if one is not None for t in one.slots) // 8
 
 
 def _check_integer(name: str, given: Any, least: int) -> None:

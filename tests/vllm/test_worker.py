@@ -129,7 +129,7 @@ def test_of_a_long_chunk_only_the_newest_queries_are_kept() -> None:
 def test_slots_are_found_in_the_blocks_of_a_row() -> None:
     buffers = Buffers(3, 16, places=2, window=0, device=CPU)
     cm = SimpleNamespace(block_table_tensor=torch.tensor([[4, 2], [7, 9]]), slot_mapping=torch.full((6,), -1))
-    buffers.place(cm, np.array([2, 3]), np.array([3, 0]), 4)
+    buffers.map_slots(cm, np.array([2, 3]), np.array([3, 0]), 4)
     assert cm.slot_mapping.tolist() == [4 * 4 + 3, 2 * 4, 28, 29, 30, -1]
     assert buffers.lines is None
 
@@ -144,7 +144,7 @@ def config_of(**additional: Any) -> Any:
     return SimpleNamespace(
         additional_config=additional, instance_id="here", model_config=model, parallel_config=parallel,
         cache_config=SimpleNamespace(cache_dtype="auto"), speculative_config=None, kv_transfer_config=None,
-        scheduler_config=SimpleNamespace(max_num_seqs=2),
+        scheduler_config=SimpleNamespace(max_num_seqs=2), use_v2_model_runner=False,
     )  # fmt: skip
 
 
@@ -189,6 +189,20 @@ def test_a_new_request_takes_the_place_of_the_one_that_has_gone_longest(first_ru
     assert len(table._known) == table.places == 4
     assert [known.output is mine for known, mine in zip(table._known.values(), lives[-4:], strict=True)] == [True] * 4
     assert len({known.place for known in table._known.values()}) == 4
+
+
+def test_a_request_that_waits_a_step_keeps_its_place_however_many_have_gone(first_runner: RequestTable) -> None:
+    table, params = first_runner, vllm.SamplingParams()
+    prompt, output = [1, 2], [0]
+    table.update_state(update(added=[(0, params, prompt, output)]))
+    (decoder,) = found(table.rows(1, None))
+    gone: list[list[int]] = []
+    for _ in range(9):
+        gone.append([])
+        table.update_state(update(removed=[1], added=[(1, params, [3], gone[-1])]))
+    table.update_state(update(removed=[0, 1], added=[(0, params, [4], []), (1, params, [5], [])]))
+    table.update_state(update(removed=[0, 1], added=[(0, params, prompt, [0, 7])]))  # async scheduling: another list
+    assert table.rows(1, None) == [decoder]
 
 
 def test_runner_v2_numbers_its_requests_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +272,7 @@ def test_an_engine_whose_pages_lie_otherwise_is_refused(model: Path, monkeypatch
 
 
 def test_an_engine_that_writes_elsewhere_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Buffers, "place", lambda *_: None)
+    monkeypatch.setattr(Buffers, "map_slots", lambda *_: None)
     with pytest.raises(UnsupportedError, match="has not written a token into the slot"):
         answer(started(model))
 
