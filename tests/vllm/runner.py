@@ -36,7 +36,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **changes}
 
 
-def run(engines: Sequence[dict[str, Any]], *, timeout: float = 150, **changes: str) -> list[dict[str, Any]]:
+def run(engines: Sequence[dict[str, Any]], *, timeout: float = 400, **changes: str) -> list[dict[str, Any]]:
     """Return what another process printed for each engine."""
     # A session of its own: what vLLM started ends with it, even where it hangs.
     with subprocess.Popen(
@@ -70,10 +70,11 @@ def _scheduling(ahead: bool) -> Iterator[None]:
         platform.check_and_update_config = stock
 
 
-def _margin(logprobs: Sequence[dict[int, Any]]) -> float:
-    """Return by how much the likeliest token led at the closest step."""
-    found = [sorted((one.logprob for one in step.values()), reverse=True) for step in logprobs]
-    return min(first - second for first, second, *_ in found)
+def _answer(output: Any) -> dict[str, Any]:
+    """Return tokens, their logarithmic probabilities, and by how much they led at the closest step."""
+    found = [sorted((one.logprob for one in step.values()), reverse=True) for step in output.logprobs]
+    lead = min(first - second for first, second, *_ in found)
+    return {"tokens": list(output.token_ids), "logprobs": [first for first, *_ in found], "lead": lead}
 
 
 def _serve(asked: dict[str, Any]) -> dict[str, Any]:
@@ -90,8 +91,7 @@ def _serve(asked: dict[str, Any]) -> dict[str, Any]:
             for one in requests
         ]
         done = engine.generate(prompts, params, use_tqdm=False)
-        answers = [one.outputs[0] for one in done]
-        rounds.append([{"tokens": list(a.token_ids), "margin": _margin(a.logprobs)} for a in answers])
+        rounds.append([_answer(one.outputs[0]) for one in done])
     config = engine.llm_engine.vllm_config
     facts = {
         "async": config.scheduler_config.async_scheduling,

@@ -25,11 +25,12 @@ POLICIES = {
     "knorm": f"Policy(KeyNorm() >> TopK({BUDGET}), interval={INTERVAL}, recent=8)",
 }
 LENGTHS = (5, 31, 32, 33, 64, 70, 97, 130, 150, 200)  # around blocks of 32, and beyond a step of 64
-LEAD = 1e-3  # of the likeliest token; the ways differ by 1e-5
+SEED = 17  # of prompts
+LEAD = 5e-4  # of the likeliest token
 
 
-def requests(vocabulary: int, *, off: bool = False, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(3)
+def requests(vocabulary: int, *, off: bool = False, seed: int = SEED) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
     names = list(POLICIES)
     return [
         {
@@ -41,7 +42,7 @@ def requests(vocabulary: int, *, off: bool = False, lengths: tuple[int, ...] = L
                 },
             },
         }
-        for n, length in enumerate(lengths)
+        for n, length in enumerate(LENGTHS)
     ]
 
 
@@ -57,8 +58,11 @@ def asked(model: str, **engine: Any) -> dict[str, Any]:
     }
 
 
-def tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
-    return [one["tokens"] for one in answers]
+def compare(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Tokens are equal, and numbers differ by so little that no other token could have been the likeliest."""
+    assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert max(abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=True)) < LEAD / 4
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def plain(model: str) -> dict[str, Any]:
 
 
 def test_no_answer_hangs_on_the_last_bits(plain: dict[str, Any]) -> None:
-    assert min(one["margin"] for one in plain["alone"]) > LEAD
+    assert min(one["lead"] for one in plain["alone"]) > LEAD
 
 
 def test_each_policy_changes_answers(plain: dict[str, Any]) -> None:
@@ -106,7 +110,7 @@ def test_each_policy_changes_answers(plain: dict[str, Any]) -> None:
 
 
 def test_in_a_batch_as_alone(plain: dict[str, Any]) -> None:
-    assert tokens(plain["batch"]) == tokens(plain["alone"])
+    compare(plain["batch"], plain["alone"])
 
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = {
@@ -123,4 +127,4 @@ def test_same_answers(way: str, model: str, plain: dict[str, Any], tmp_path: Pat
     one = {**asked(model, **engine), "rounds": [requests(192)], "async": facts.get("async", False)}
     (found,) = run([one], VLLM_CACHE_ROOT=str(tmp_path), **changes)
     assert found["facts"].items() >= facts.items()
-    assert tokens(found["rounds"][0]) == tokens(plain["alone"])
+    compare(found["rounds"][0], plain["alone"])
