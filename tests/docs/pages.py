@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +79,23 @@ def commands(page: Path) -> list[str]:
     made = []
     for block in blocks(page, "console", "bash"):
         assert block.language == "console", f"{block}: write console, and $ before each command"
-        lines = [line for line in block.code.splitlines() if line.startswith("$ ")]
-        made += [line[2:].split("  #")[0].strip() for line in lines]
+        lines = iter(block.code.splitlines())
+        for line in lines:
+            if line.startswith("$ "):
+                command = line[2:].split("  #")[0].strip()
+                while _is_open(command):
+                    command += "\n" + next(lines)
+                made.append(command)
     return made
+
+
+def _is_open(command: str) -> bool:
+    """Return whether a quotation goes on in the next line."""
+    try:
+        shlex.split(command)
+    except ValueError:
+        return True
+    return False
 
 
 def _code(match: re.Match[str]) -> str:
