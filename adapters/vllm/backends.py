@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, Slid
 
 from kvpolicy.adapters.vllm.config import ADAPTER, Config
 from kvpolicy.adapters.vllm.evictor import Evictor, reserve
-from kvpolicy.adapters.vllm.refusals import insist_on_engine
+from kvpolicy.adapters.vllm.refusals import insist_on_engine, insist_on_some
 from kvpolicy.adapters.vllm.spec import EvictionSpec
 from kvpolicy.errors import UnsupportedError
 
@@ -148,6 +148,10 @@ def _builder(base: Any) -> type:
             self.evictor = None
             if isinstance(kv_cache_spec, EvictionSpec):
                 self.evictor = Evictor(kv_cache_spec, layer_names, vllm_config, device)
+            elif _config() is not None:
+                layers = vllm_config.compilation_config.static_forward_context.values()
+                impls = [getattr(layer, "impl", None) for layer in layers]
+                insist_on_some(any(hasattr(impl, "kvpolicy_queries") and not _sliding(impl) for impl in impls))
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kw: Any) -> Any:
             if self.evictor is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvpolicy.adapters import planning
+from kvpolicy.allocators import PerLayer, Pyramid
 from kvpolicy.errors import BindError, ParseError, UnsupportedError, nearest
 from kvpolicy.policy import LayerPlan, ModelSpec, Policy
 
@@ -129,15 +130,18 @@ def followed(text: str, interval: int | None = None) -> tuple[Policy, LayerPlan]
             f"{text!r} gives heads budgets of their own: vLLM has one block table for all heads of a layer; "
             "write TopK(budget), or use kvpolicy.adapters.flash_attn.FlashCache"
         )
+    layered = UnsupportedError(
+        f"{text!r} gives layers budgets of their own: vLLM has one block table for all layers of a group; "
+        "write TopK(budget)"
+    )
+    if isinstance(policy.chain.selector.sharing(), PerLayer | Pyramid):
+        raise layered
     if policy.interval is None:
         raise UnsupportedError(
             f"{text!r} evicts at the end of a turn only, so that a request would grow without end: "
             f"write an interval, as in {_EXAMPLE}"
         )
     layers = policy.plan(ModelSpec(2)).layers
-    if layers[0] is None or any(layer != layers[0] for layer in layers):
-        raise UnsupportedError(
-            f"{text!r} gives layers budgets of their own: vLLM has one block table for all layers of a group; "
-            "write TopK(budget)"
-        )
+    if layers[0] is None or layers[1] != layers[0]:
+        raise layered
     return policy, layers[0]

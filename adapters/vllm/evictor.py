@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from kvpolicy.adapters.vllm.arena import Arena
 from kvpolicy.adapters.vllm.buffers import Buffers
@@ -135,12 +135,14 @@ class Evictor:
         if request.settings.off:
             return None
         held = self._progress.get(request.place)
-        if held is not None and held.request is request and held.row.seen == seen:
+        if held is not None and held.request is not request:
+            held = None  # of the one that had the place before
+        if held is not None and held.row.seen == seen:
             return held
         if seen:
-            known = None if held is None or held.request is not request else held.row.seen
+            known = None if held is None else held.row.seen
             raise IntegrityError(f"a request is at {seen} tokens, and {known} were counted: please report it")
-        if request.again:
+        if request.again or (held is not None and held.row.evictions):
             self._table.counters.add("recomputed_requests", 1)
         self._progress[request.place] = Progress.of(request)
         return self._progress[request.place]
@@ -182,11 +184,7 @@ def _index(name: str) -> int:
 
 def _logits(modules: Sequence[Any], spec: Any, vllm_config: Any, config: Config, device: torch.device) -> LogitSpec:
     """Return what the model's attention does, and which heads of it are here."""
-    from vllm.distributed import (
-        get_tensor_model_parallel_rank,
-        get_tensor_model_parallel_world_size,
-        tensor_model_parallel_all_reduce,
-    )
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     impl, model = modules[0].impl, vllm_config.model_config
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
@@ -200,6 +198,15 @@ def _logits(modules: Sequence[Any], spec: Any, vllm_config: Any, config: Config,
         num_layers=model.get_total_num_hidden_layers(),
         num_heads=total,
         head_offset=rank * total // ranks,
-        all_reduce=tensor_model_parallel_all_reduce if ranks > 1 else None,
+        all_reduce=_sum if ranks > 1 else None,
         workspace=config.workspace,
     )
+
+
+def _sum(t: Tensor) -> Tensor:
+    """Return the sum over the ranks; vLLM's own knows no integers on a CPU, and overwrites what it is given."""
+    from vllm.distributed import get_tp_group
+
+    total = t.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total, group=get_tp_group().device_group)
+    return total

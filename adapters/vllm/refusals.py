@@ -7,7 +7,7 @@ from typing import Any
 from kvpolicy.adapters.vllm.config import ADAPTER
 from kvpolicy.errors import UnsupportedError
 
-__all__ = ["insist_on_engine", "insist_on_layer"]
+__all__ = ["insist_on_engine", "insist_on_layer", "insist_on_some"]
 
 
 def insist_on_engine(vllm_config: Any) -> None:
@@ -59,6 +59,15 @@ def insist_on_engine(vllm_config: Any) -> None:
     for what, (found, instead) in cases.items():
         if found:
             raise UnsupportedError(f"{ADAPTER} cannot evict with {what}: {instead}")
+
+
+def insist_on_some(evicts: bool) -> None:
+    """Refuse a model none of whose layers evicts."""
+    if not evicts:
+        raise UnsupportedError(
+            f"{ADAPTER} was asked for, and no layer of this model has full attention under a backend that evicts: "
+            "nothing would ever be forgotten; leave kvpolicy out of additional_config"
+        )
 
 
 def insist_on_layer(name: str, layer: Any, spec: Any) -> None:

@@ -14,11 +14,11 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from kvpolicy.adapters.vllm.board import announce, configs
-from kvpolicy.adapters.vllm.config import ADAPTER, KEY, Config
+from kvpolicy.adapters.vllm.config import KEY, Config
 from kvpolicy.adapters.vllm.plugin import warn_of_version
-from kvpolicy.adapters.vllm.refusals import insist_on_engine
+from kvpolicy.adapters.vllm.refusals import insist_on_engine, insist_on_some
 from kvpolicy.adapters.vllm.settings import Settings
-from kvpolicy.errors import KVPolicyError, UnsupportedError
+from kvpolicy.errors import KVPolicyError
 
 __all__ = ["Request", "RequestTable", "table_of"]
 
@@ -88,11 +88,8 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
 
     def _begin(self) -> None:
         self.step += 1
-        if self.config is not None and not self.evicts:
-            raise UnsupportedError(
-                f"{ADAPTER} was asked for, and no layer of this model has full attention under a backend that evicts: "
-                "nothing would ever be forgotten; leave kvpolicy out of additional_config"
-            )
+        if self.config is not None:
+            insist_on_some(self.evicts)
 
     # Runner V1
 
@@ -164,7 +161,7 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
 
         vLLM shows no configuration here: the board has those of the engines; a request must fit one of them.
         """
-        if not (sampling_params.extra_args or {}).get(KEY):
+        if (sampling_params.extra_args or {}).get(KEY) is None:
             return
         found = configs()
         try:

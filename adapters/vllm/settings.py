@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,6 +19,7 @@ __all__ = ["Settings"]
 
 _FIELDS = ("policy", "budget", "seed")
 _EXAMPLE = f'SamplingParams(extra_args={{"{KEY}": {{"budget": 512, "seed": 7}}}})'
+_OVER_HTTP = f'"vllm_xargs": {{"{KEY}": "{{\\"budget\\": 512}}"}}'
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Settings:
         Args:
             config: of the engine.
             params: vLLM's ``SamplingParams``. ``extra_args["kvpolicy"]`` is ``"off"``, or has any of ``policy``
-                (a text, or a name as ``snapkv``, which then has the engine's budget), ``budget`` and ``seed``.
+                (a text, or a name as ``snapkv``, which then has budget and interval of the engine, and no more
+                ``recent`` tokens than it), ``budget`` and ``seed``; or it is the JSON text of these, for vLLM's HTTP
+                API, whose ``vllm_xargs`` has no objects in it.
                 Where no seed is there, ``params.seed`` is it, and 0 where that is None.
 
         Raises:
@@ -78,8 +82,11 @@ def _read(config: Config, text: str) -> _Read:
                 f'everything; start it with "prefill": "exact"'
             )
         return _Read(Settings(None, None, 0), None)
+    if isinstance(given, str):  # vLLM's HTTP API has no objects in vllm_xargs
+        with contextlib.suppress(ValueError, RecursionError):
+            given = json.loads(given)
     if not isinstance(given, dict):
-        raise UsageError(f'{KEY} in extra_args is {given!r}; write "off", or as in {_EXAMPLE}')
+        raise UsageError(f'{KEY} in extra_args is {given!r}; write "off", or as in {_EXAMPLE}; over HTTP, {_OVER_HTTP}')
     for name in given:
         if name not in _FIELDS:
             raise UsageError(f"{KEY} in extra_args has {name!r}{nearest(name, _FIELDS)}; it knows {', '.join(_FIELDS)}")
@@ -91,10 +98,9 @@ def _read(config: Config, text: str) -> _Read:
     policy, plan = config.default
     if wanted is not None:
         named = re.fullmatch(r"\s*\w+\s*", wanted) is not None
-        text = f"{wanted.strip()}({budget or plan.budget})" if named else wanted
         if budget is not None and not named:
             raise UsageError(f"{KEY} in extra_args: {wanted!r} says its budget itself; leave budget={budget} out")
-        policy, plan = followed(text, config.interval)
+        policy, plan = _named(config, wanted.strip(), budget) if named else followed(wanted, config.interval)
     elif budget is not None:
         policy, plan = _with_budget(config, budget)
     if plan.capacity > config.plan.capacity:
@@ -115,6 +121,14 @@ def _check_integer(name: str, given: Any, least: int) -> None:
         return
     if not isinstance(given, int) or isinstance(given, bool) or not least <= given < 2**63:
         raise UsageError(f"{KEY} in extra_args: {name} is {given!r}; write a whole number of at least {least}")
+
+
+def _named(config: Config, name: str, budget: int | None) -> tuple[Policy, LayerPlan]:
+    """Return the policy of a recipe's name: what the request leaves open is as the engine has it."""
+    default, plan = config.default
+    policy = Policy.parse(f"{name}({budget or plan.budget})")
+    recent = min(policy.recent, default.recent)
+    return followed(dataclasses.replace(policy, interval=default.interval, recent=recent).text(full=True))
 
 
 def _with_budget(config: Config, budget: int) -> tuple[Policy, LayerPlan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -44,6 +45,7 @@ def tiny_llama(folder: Path, **sizes: Any) -> LlamaForCausalLM:
 
 def engine(model: Path | str, kvpolicy: Any = None, **options: Any) -> LLM:
     """Return an engine in this process, which evicts where ``kvpolicy`` says how."""
+    gc.collect()  # an engine that has gone takes the groups of processes with it: now, and not from the next one
     given: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "dtype": "float32",

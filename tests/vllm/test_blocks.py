@@ -1,0 +1,144 @@
+"""No request holds more blocks than it was promised, and every block comes back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm import LLM
+
+from kvpolicy.adapters.vllm import Config, Reservation, Settings
+from kvpolicy.adapters.vllm.progress import Progress
+from kvpolicy.adapters.vllm.requests import Request
+from tests.vllm.engine import BLOCK, CHUNK, answers, engine, managers, params, prompt_of, scheduler, tiny_llama
+
+POLICY = "vase(64, interval=32, recent=16)"
+DECODE = 3  # blocks of 96 slots
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(folder)
+    return folder
+
+
+def soak(llm: LLM, requests: list[tuple[list[int], Any]], aborts: set[int], exact: bool) -> None:
+    """Serve requests with aborts, and look at every request's blocks at every step."""
+    core, (manager,) = scheduler(llm), managers(llm)
+    pool = manager.block_pool
+    free, chunk = pool.get_num_free_blocks(), None if exact else CHUNK
+    promised = Reservation(slots=96, budget=64, block_size=BLOCK, chunk=chunk)
+    for number, (tokens, asked) in enumerate(requests):
+        llm.llm_engine.add_request(str(number), prompt_of(tokens), asked)
+    steps = finished = 0
+    while llm.llm_engine.has_unfinished_requests():
+        finished += sum(one.finished for one in llm.llm_engine.step())
+        steps += 1
+        held = [block.block_id for blocks in manager.req_to_blocks.values() for block in blocks]
+        assert len(held) == len(set(held))
+        assert pool.get_num_free_blocks() == free - len(held)
+        for request in core.running:
+            blocks, decoded = len(manager.req_to_blocks[request.request_id]), request.num_output_tokens
+            off = (request.sampling_params.extra_args or {}).get("kvpolicy") == "off"
+            whole = max(DECODE, -(-request.num_tokens // BLOCK))  # it is known behind its admission
+            at_most = whole if off else promised.decode if decoded > 2 else promised.prefill(request.num_prompt_tokens)
+            assert blocks <= at_most, (request.request_id, decoded)
+        going = [one.request_id for one in core.running]
+        gone = [name for name in going if int(name.split("-")[0]) in aborts and steps % 7 == 0]
+        if gone:
+            llm.llm_engine.abort_request([name.split("-")[0] for name in gone])
+            finished += len(gone)
+    assert finished == len(requests)
+    assert pool.get_num_free_blocks() == free
+    assert not manager.req_to_blocks
+    assert not manager.num_cached_block
+    assert not manager._requests
+
+
+def work(count: int, settings: list[Any]) -> list[tuple[list[int], Any]]:
+    """Return requests of mixed lengths."""
+    draw = random.Random(0)
+    return [
+        (
+            [draw.randrange(512) for _ in range(draw.choice([1, 5, 31, 32, 33, 96, 97, 200, 257, 600]))],
+            params(draw.choice([1, 2, 3, 33, 64, 120]), draw.choice(settings)),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("prefill", ["exact", "bounded"])
+def test_two_hundred_requests_with_aborts(folder: Path, prefill: str) -> None:
+    llm = engine(folder, {"policy": POLICY, "prefill": prefill}, num_gpu_blocks_override=70, max_num_seqs=8)
+    asked = [None, {"budget": 40}, {"policy": "knorm"}, {"seed": 5}]
+    count = 200 if prefill == "exact" else 60
+    soak(llm, work(count, asked), set(range(0, count, 9)), prefill == "exact")
+
+
+def test_requests_that_keep_everything_grow_beside_others(folder: Path) -> None:
+    llm = engine(folder, {"policy": POLICY}, num_gpu_blocks_override=130, max_num_seqs=6)
+    soak(llm, work(40, [None, "off"]), {3, 11}, exact=True)
+
+
+def test_decoding_never_preempts(folder: Path) -> None:
+    llm = engine(folder, {"policy": POLICY}, num_gpu_blocks_override=64 + 1, max_num_seqs=32)
+    preempted: list[int] = []
+    core = scheduler(llm)
+    original = core._preempt_request
+
+    def preempt(request: Any, *rest: Any) -> Any:
+        preempted.append(request.request_id)
+        return original(request, *rest)
+
+    core._preempt_request = preempt
+    answers(llm, [[i] * 40 for i in range(40)], params(150))
+    assert not preempted
+
+
+def test_what_a_prompt_needed_comes_back_behind_it(folder: Path) -> None:
+    llm = engine(folder, {"policy": POLICY})
+    (manager,) = managers(llm)
+    llm.llm_engine.add_request("0", prompt_of([1] * 900), params(20))
+    held = []
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        held += [len(blocks) for blocks in manager.req_to_blocks.values()]
+    chunks = -(-900 // CHUNK)
+    assert held[:chunks] == [-(-900 // BLOCK)] * chunks
+    assert held[chunks + 1 :] == [DECODE] * len(held[chunks + 1 :])
+
+
+@given(
+    prompt=st.integers(1, 700), budget=st.integers(20, 200), interval=st.integers(1, 80), output=st.integers(0, 200),
+    block=st.sampled_from([16, 32, 128]), exact=st.booleans(), data=st.data(),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_a_worker_never_fills_more_slots_than_the_scheduler_gave(
+    prompt: int, budget: int, interval: int, output: int, block: int, exact: bool, data: st.DataObject
+) -> None:
+    config = Config(f"Policy(KeyNorm() >> TopK({budget}), interval={interval}, recent=4)")
+    plan, chunk = config.plan, 64
+    promised = Reservation(plan.capacity, plan.budget, block, None if exact else chunk)
+    progress = Progress.of(Request(0, prompt, Settings(*config.default, 0)))
+    while progress.row.seen < prompt + output:
+        left = prompt - progress.row.seen
+        count = data.draw(st.integers(1, min(chunk, left))) if left > 0 else 1
+        if progress.due():
+            assert progress.over
+            progress.row = progress.row.evicted(plan.budget, plan.recent)
+        blocks = promised.prefill(prompt) if left > 0 else promised.decode
+        assert progress.row.length + count <= blocks * block
+        progress.advance(count, exact=exact)

@@ -1,0 +1,188 @@
+"""What a request may ask for, and what it is told where it cannot have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import LLM
+from vllm.exceptions import VLLMValidationError
+
+from kvpolicy import BindError, KVPolicyError, UnsupportedError
+from kvpolicy.adapters.vllm import Config, Settings
+from tests.vllm.engine import answers, engine, params, tiny_llama
+
+POLICY = "vase(64, interval=32, recent=16)"
+PROMPTS = [[(i * k) % 512 for i in range(n)] for k, n in ((3, 50), (5, 300), (7, 120))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return engine(folder, {"policy": POLICY})
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> LLM:
+    return engine(folder)
+
+
+def asked(given: Any, **more: Any) -> Any:
+    return SimpleNamespace(extra_args=None if given is None else {"kvpolicy": given}, seed=None, **more)
+
+
+# What is read
+
+
+def test_a_request_that_asks_for_nothing_follows_the_engine() -> None:
+    config = Config(POLICY)
+    assert Settings.of(config, asked(None)) == Settings(*config.default, 0)
+
+
+def test_a_budget_replaces_that_of_the_policy_alone() -> None:
+    found = Settings.of(Config(POLICY), asked({"budget": 40}))
+    assert repr(found.policy) == "Policy(ValueGuard() >> Stochastic() >> TopK(40), interval=32, recent=16)"
+    assert found.plan.capacity == 72
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("knorm(48, interval=16, recent=8)", "Policy(KeyNorm() >> TopK(48), interval=16, recent=8)"),
+        ("Recency() >> Sinks(4) >> TopK(80)", "Policy(Recency() >> Sinks(4) >> TopK(80), interval=16)"),
+    ],
+)
+def test_a_policy_by_its_text(text: str, expected: str) -> None:
+    config = Config("vase(128)", interval=None if "interval" in text else 16)
+    assert repr(Settings.of(config, asked({"policy": text})).policy) == expected
+
+
+def test_a_policy_by_its_name_has_the_budget_of_the_engine() -> None:
+    found = Settings.of(Config("vase(256)"), asked({"policy": "knorm"}))
+    assert found.plan.budget == 256
+    assert Settings.of(Config("vase(256)"), asked({"policy": "knorm", "budget": 100})).plan.budget == 100
+    short = Settings.of(Config(POLICY), asked({"policy": "tova"})).policy
+    assert repr(short) == "Policy(LastQuery() >> TopK(64), interval=32, recent=1)"
+    assert Settings.of(Config(POLICY), asked({"policy": "knorm"})).plan.recent == 16
+
+
+def test_equal_requests_share_one_policy() -> None:
+    config = Config(POLICY)
+    first, second = (Settings.of(config, asked({"policy": "knorm(48, interval=16, recent=8)"})) for _ in range(2))
+    assert first.policy is second.policy
+
+
+def test_a_seed_is_the_requests_own_then_that_of_sampling_then_zero() -> None:
+    config = Config(POLICY)
+    params = asked({"seed": 4})
+    params.seed = 9
+    assert Settings.of(config, params).seed == 4
+    params.extra_args = None
+    assert Settings.of(config, params).seed == 9
+    params.seed = None
+    assert Settings.of(config, params).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bugdet": 40}, "did you mean 'budget'"),
+        ({"budget": 4096}, "fills 4128 slots, and the engine sets 96 aside"),
+        ({"budget": "40"}, "budget is '40'; write a whole number"),
+        ({"budget": 10}, "budget of 10 is not larger than recent=16"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"policy": "vase(64"}, "cannot read"),
+        ({"policy": 3}, "policy is 3; write a text"),
+        ({"policy": "knorm(40, interval=32, recent=8)", "budget": 9}, "says its budget itself"),
+        ({"policy": "KeyNorm() >> TopK(Adaptive(40))"}, "heads budgets of their own"),
+        ({"policy": "pyramidkv(40)"}, "layers budgets of their own"),
+        ({"policy": "Policy(KeyNorm() >> TopK(40), interval=None, recent=8)"}, "evicts at the end of a turn only"),
+        ({"policy": "Policy(Attention(window=99) >> TopK(40), interval=32, recent=8)"}, '"window": 99'),
+        ("on", 'write "off"'),
+        (["vase"], 'write "off"'),
+    ],
+)
+def test_what_cannot_be_is_said(given: Any, message: str) -> None:
+    with pytest.raises(KVPolicyError) as error:
+        Settings.of(Config(POLICY), asked(given))
+    assert message in str(error.value)
+
+
+def test_off_has_no_room_where_prompts_are_bounded() -> None:
+    assert Settings.of(Config(POLICY), asked("off")).off
+    with pytest.raises(KVPolicyError, match="bounded memory"):
+        Settings.of(Config(POLICY, prefill="bounded"), asked("off"))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"policy": POLICY, "intreval": 3}, BindError, "did you mean 'interval'"),
+        ({"interval": 3}, BindError, "write additional_config="),
+        (7, BindError, "write additional_config="),
+        ({"policy": POLICY, "interval": 0}, BindError, "interval is 0"),
+        ({"policy": POLICY, "prefill": "chunked"}, BindError, '"exact" or "bounded"'),
+        ({"policy": POLICY, "window": 8}, BindError, "asks for 64 queries"),
+        ("snapkv(64, interval=None)", UnsupportedError, "write an interval"),
+        ("KeyNorm() >> TopK(PerLayer((64, None, 128)))", UnsupportedError, "layers budgets of their own"),
+    ],
+)
+def test_what_an_engine_cannot_be_asked_for(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as found:
+        Config.of(SimpleNamespace(additional_config={"kvpolicy": given}))
+    assert message in str(found.value)
+
+
+def test_an_engine_that_is_not_asked() -> None:
+    assert Config.of(SimpleNamespace(additional_config={})) is None
+    assert Config.of(SimpleNamespace(additional_config={"other": 1})) is None
+
+
+# What is done
+
+
+def test_requests_of_a_batch_have_their_own(llm: LLM) -> None:
+    wanted = [{"budget": 40}, {"policy": "knorm(64, interval=32, recent=16)"}, {"seed": 3}]
+    alone = [answers(llm, [tokens], params(130, one))[0] for tokens, one in zip(PROMPTS, wanted, strict=True)]
+    together = answers(llm, PROMPTS, [params(130, one) for one in wanted])
+    assert together == alone
+    plainly = answers(llm, PROMPTS, params(130))
+    assert all(one != other for one, other in zip(together, plainly, strict=True))
+
+
+def test_a_seed_says_what_is_forgotten(llm: LLM) -> None:
+    prompt = [PROMPTS[1]] * 4
+    first, again, other, sampled = answers(
+        llm, prompt, [params(150, {"seed": 1}), params(150, {"seed": 1}), params(150), params(150, seed=1)]
+    )
+    assert first == again == sampled
+    assert first != other
+
+
+def test_off_is_stock_while_neighbours_evict(llm: LLM, plain: LLM) -> None:
+    expected = answers(plain, PROMPTS, params(130))
+    found = answers(llm, [*PROMPTS, *PROMPTS], [params(130, "off")] * 3 + [params(130)] * 3)
+    assert found[:3] == expected
+    assert found[3:] != expected
+
+
+def test_a_wrong_request_is_refused_and_the_engine_goes_on(llm: LLM) -> None:
+    with pytest.raises(VLLMValidationError, match="fills 4128 slots"):
+        answers(llm, PROMPTS[:1], params(5, {"budget": 4096}))
+    assert len(answers(llm, PROMPTS[:1], params(5))[0]) == 5

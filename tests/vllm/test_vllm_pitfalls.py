@@ -1,0 +1,145 @@
+"""What other attempts at eviction in vLLM got wrong, each as a test of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from kvpolicy import UnsupportedError
+from kvpolicy.adapters.vllm import board
+from tests.vllm.engine import agreeing, answers, engine, managers, params, reference, scheduler, tiny_llama
+
+POLICY = "vase(64, interval=32, recent=16)"
+PROMPT = [(7 * i) % 512 for i in range(300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(folder)
+    return folder
+
+
+def gemma(folder: Path, *kinds: str) -> Gemma3ForCausalLM:
+    """Return a random model of sliding and full layers, saved where vLLM finds it."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=len(kinds),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=64,
+        layer_types=list(kinds),
+        max_position_embeddings=2048,
+        query_pre_attn_scalar=32,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def recomputed() -> float:
+    return sum(numbers["recomputed_requests"] for numbers in board.counted().values())
+
+
+def test_a_prefix_that_was_served_before_is_no_hit(folder: Path) -> None:
+    llm = engine(folder, {"policy": POLICY}, enable_prefix_caching=True)
+    first, second = (answers(llm, [PROMPT], params(100)) for _ in range(2))
+    assert first == second
+    assert not managers(llm)[0].block_pool.cached_block_hash_to_block._cache
+
+
+def test_a_prefix_that_sliding_layers_have_is_computed_for_the_others(tmp_path: Path) -> None:
+    model = gemma(tmp_path, "sliding_attention", "full_attention", "sliding_attention", "full_attention")
+    llm = engine(tmp_path, {"policy": POLICY}, enable_prefix_caching=True)
+    expected = reference(model, PROMPT, POLICY, 100)
+    first, second = (answers(llm, [PROMPT], params(100))[0] for _ in range(2))
+    assert agreeing(first, expected) == agreeing(second, expected) == 100
+    others = list(scheduler(llm).kv_cache_manager.coordinator.single_type_managers)
+    assert len(others) > len(managers(llm)) == 1
+
+
+def test_a_request_that_is_computed_again_is_counted(folder: Path) -> None:
+    llm = engine(folder, {"policy": POLICY})
+    before = recomputed()
+    expected = answers(llm, [PROMPT[:50]], params(150))[0]
+    assert recomputed() == before
+    llm.llm_engine.add_request("0", {"prompt_token_ids": PROMPT[:50]}, params(150))
+    for _ in range(100):
+        llm.llm_engine.step()
+    llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+    (manager,), found, held = managers(llm), [], []
+    while llm.llm_engine.has_unfinished_requests():
+        found += [one for one in llm.llm_engine.step() if one.finished]
+        held += [len(blocks) for blocks in manager.req_to_blocks.values()]
+    assert recomputed() == before + 1
+    tokens = found[0].outputs[0].token_ids
+    assert len(tokens) == 150
+    assert agreeing(tokens, expected) >= 99
+    assert max(held) <= -(-150 // 32)
+    assert held[-1] == 3
+
+
+def test_preempted_neighbours_of_requests_that_keep_everything_finish(folder: Path) -> None:
+    llm = engine(folder, {"policy": POLICY}, num_gpu_blocks_override=65, max_num_seqs=12)
+    (manager,) = managers(llm)
+    free = manager.block_pool.get_num_free_blocks()
+    found = answers(llm, [PROMPT[:40]] * 12, [params(200, "off" if i % 2 else None) for i in range(12)])
+    assert [len(one) for one in found] == [200] * 12
+    assert manager.block_pool.get_num_free_blocks() == free
+
+
+def test_an_engine_whose_layers_all_slide_never_serves(tmp_path: Path) -> None:
+    gemma(tmp_path, "sliding_attention", "sliding_attention")
+    with pytest.raises(UnsupportedError, match="no layer of this model has full attention"):
+        answers(engine(tmp_path, {"policy": POLICY}), [PROMPT], params(2))
+
+
+def test_evicting_under_async_scheduling_changes_nothing(folder: Path) -> None:
+    prompts = [PROMPT[:n] for n in (3, 70, 290, 128)]
+    expected = answers(engine(folder, {"policy": POLICY}, async_scheduling=False), prompts, params(120))
+    assert answers(engine(folder, {"policy": POLICY}, async_scheduling=True), prompts, params(120)) == expected
+
+
+INACTIVE = """
+import json, sys
+from tests.vllm.engine import answers, engine, params, prompt_of
+llm = engine(sys.argv[1])
+out = llm.generate([prompt_of(range(60))], params(40, logprobs=3), use_tqdm=False)[0].outputs[0]
+print(json.dumps([list(out.token_ids), [[one.logprob for one in step.values()] for step in out.logprobs]]))
+"""
+
+
+def test_without_the_key_nothing_changes(folder: Path) -> None:
+    def run(**variables: str) -> list[object]:
+        done = subprocess.run(
+            [sys.executable, "-c", INACTIVE, str(folder)],
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert run() == run(VLLM_PLUGINS="none")
