@@ -1,14 +1,8 @@
-"""What vLLM's benchmark counts, what its load generator sends and times, and its page."""
+"""What vLLM's benchmark counts and times, and its page."""
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,76 +51,6 @@ def test_an_eviction_is_what_a_step_takes_beyond_one_that_decodes() -> None:
 def test_a_step_that_reads_prompts_is_none_that_decodes() -> None:
     run = Run([Step(9.0, 4, 4, 0, 4), Step(1.0, 4, 4, 0, 0), Step(0.5, 1, 1, 0, 0)])
     assert run.decoding == [1.0]
-
-
-# The load generator
-
-
-class Server(ThreadingHTTPServer):
-    """Answer as a server of the OpenAI API, but for requests whose first token is in ``broken``."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[dict[str, Any]] = []
-        self.broken: set[int] = set()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self._send(json.dumps({"data": [{"id": "a model"}]}).encode())
-
-    def do_POST(self) -> None:
-        assert isinstance(self.server, Server)
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(asked)
-        if asked["prompt"][0] in self.server.broken:
-            self._send(b"out of order", 500)
-            return
-        pieces = [{"choices": [{"text": "a"}]}] * asked["max_tokens"]
-        usage = {"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}}
-        lines = [f"data: {json.dumps(piece)}\n\n" for piece in (*pieces, usage)]
-        self._send("".join([*lines, "data: [DONE]\n\n"]).encode())
-
-    def _send(self, answer: bytes, status: int = 200) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, format: str, *args: object) -> None: ...
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    pytest.importorskip("aiohttp", reason="vLLM brings aiohttp: make test-vllm")
-    with Server() as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield made
-        made.shutdown()
-
-
-def _load(server: Server, path: Path) -> tuple[int, dict[str, Any]]:
-    url = f"http://127.0.0.1:{server.server_port}"
-    sizes = ["--clients", "2", "--requests", "5", "--prompt", "7", "--output", "3"]
-    status = serve.main(["--url", url, *sizes, "--json", str(path)])
-    return status, json.loads(path.read_text("utf-8"))["found"]
-
-
-def test_every_request_is_answered_once(server: Server, tmp_path: Path) -> None:
-    status, found = _load(server, tmp_path / "found.json")
-    assert (status, found["answers"], found["failures"]) == (0, 5, 0)
-    assert found["tokens per second"] > 0
-    prompts = [asked["prompt"] for asked in server.asked]
-    assert len(prompts) == 5
-    assert all(len(prompt) == 7 for prompt in prompts)
-    assert len({prompt[0] for prompt in prompts}) == 5  # nothing for a prefix cache
-
-
-def test_failures_are_counted_and_told_by_the_status(server: Server, tmp_path: Path) -> None:
-    server.broken = {101, 103}
-    status, found = _load(server, tmp_path / "found.json")
-    assert (status, found["answers"], found["failures"]) == (1, 3, 2)
-    assert found["first failure"] == "500: out of order"
 
 
 def test_times_are_to_the_first_token_and_between_tokens() -> None:
