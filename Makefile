@@ -44,7 +44,7 @@ PORT        ?= 8000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve-demo test test-versions test-vllm packaging lint types bench bench-peers bench-gpu docs clean
+.PHONY: help demo serve-demo test test-versions test-vllm packaging lint types bench bench-peers bench-vllm bench-gpu docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -141,6 +141,10 @@ $(PEERS_READY): pyproject.toml constraints.txt benchmarks/peers/constraints.txt
 bench-peers: $(PEERS_READY) ## beside kvpress, in an environment of its own (half an hour)
 	@echo "== bench-peers: python -m benchmarks.peers"
 	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.peers
+
+bench-vllm: $(VLLM_READY) ## vLLM with and without eviction (a quarter of an hour)
+	@echo "== bench-vllm: python -m benchmarks.vllm"
+	@$(VLLM_RUN) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m benchmarks.vllm
 
 bench-gpu: ## on a CUDA machine, with PYTHON's packages (ten minutes)
 	@echo "== bench-gpu: benchmarks/gpu.sh"

@@ -22,7 +22,8 @@ BUDGET, INTERVAL, TOKENS = 48, 16, 40
 POLICIES = {
     "vase": f"vase({BUDGET}, interval={INTERVAL}, recent=8)",  # ends with Stochastic >> TopK
     "tova": f"tova({BUDGET}, interval={INTERVAL})",  # LastQuery: one set for all heads, so for all ranks
-    "knorm": f"Policy(KeyNorm() >> TopK({BUDGET}), interval={INTERVAL}, recent=8)",
+    # Not a norm: the keys of one token have the same one in the first layer, up to the rounding of their rotation.
+    "snapkv": f"Policy(Attention(window=16, over='all') >> TopK({BUDGET}), interval={INTERVAL}, recent=8)",
 }
 LENGTHS = (5, 31, 32, 33, 64, 70, 97, 130, 150, 200)  # around blocks of 32, and beyond a step of 64
 SEED = 17  # of prompts

@@ -1,0 +1,1 @@
+"""What eviction costs and saves in vLLM, beside the same vLLM without it."""
