@@ -120,6 +120,10 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                 *options,
             ]:
                 assert served(options) is not None, command
+            case ["python", "-m", "benchmarks.vllm.serve", *options]:
+                source = (ROOT / "benchmarks/vllm/serve.py").read_text("utf-8")
+                known = set(re.findall(r'add_argument\("(--[\w-]+)"', source))
+                assert {word for word in options if word.startswith("--")} <= known, command
             case ["curl", *options]:
                 asked = json.loads(options[options.index("-d") + 1])["vllm_xargs"]
                 config = Config("vase(1024)", interval=128)  # of the engine on that page
