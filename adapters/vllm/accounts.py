@@ -51,8 +51,8 @@ def account(policy: Policy | str, *, prompt: int, output: int, interval: int | N
     >>> account("vase(1024)", prompt=3000, output=2000)
     Account(seen=4999, slots=1039, most=1088, evictions=32, evicted=3960)
     """
-    if prompt < 1 or output < 1:
-        raise UsageError(f"prompt={prompt} and output={output}: a request that was answered has both")
+    if not (isinstance(prompt, int) and isinstance(output, int) and prompt > 0 and output > 0):
+        raise UsageError(f"prompt={prompt!r} and output={output!r}: write how many tokens each had, at least 1")
     _, plan = followed(policy if isinstance(policy, str) else policy.text(full=True), interval)
     row, most = Row().advanced(prompt, decoding=False), 0
     before, turn = row, True

@@ -33,7 +33,7 @@ COUNTERS = {
     "evicted_tokens": "tokens that left the cache, in each layer and head",
     "compaction_seconds": "seconds of the worker's host that evictions took",
     "recomputed_requests": "requests that were preempted after an eviction, and computed again without what it kept",
-    "slots_in_use": "slots that running requests use, in each layer and head",
+    "slots_in_use": "slots that the requests of the last step use, in each layer and head",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from kvpolicy.allocators import PerLayer, Pyramid
 from kvpolicy.errors import BindError, ParseError, UnsupportedError, nearest
 from kvpolicy.policy import LayerPlan, ModelSpec, Policy
 
-__all__ = ["ADAPTER", "KEY", "Config", "followed"]
+__all__ = ["ADAPTER", "KEY", "Config", "followed", "insist_on_key"]
 
 KEY = "kvpolicy"
 ADAPTER = "the vLLM adapter"
@@ -90,8 +91,20 @@ class Config:
         """
         asked = vllm_config.additional_config
         if not isinstance(asked, dict) or KEY not in asked:
+            insist_on_key(asked, "additional_config")
             return None
         return _read(json.dumps(asked[KEY], sort_keys=True, default=repr))
+
+
+def insist_on_key(given: Any, where: str) -> None:
+    """Refuse a key that is nearly ours: it would be ignored in silence.
+
+    Raises:
+        BindError: there is one.
+    """
+    for name in given if isinstance(given, dict) else ():
+        if isinstance(name, str) and name != KEY and difflib.get_close_matches(name.lower(), [KEY], cutoff=0.8):
+            raise BindError(f"{where} has {name!r}, which nobody reads: write {KEY!r}")
 
 
 @functools.cache

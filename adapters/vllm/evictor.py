@@ -8,21 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from vllm.logger import init_logger
 
 from kvpolicy.adapters.vllm.arena import Arena
 from kvpolicy.adapters.vllm.buffers import Buffers
-from kvpolicy.adapters.vllm.config import Config
+from kvpolicy.adapters.vllm.config import ADAPTER, Config
 from kvpolicy.adapters.vllm.cutting import Cutter
 from kvpolicy.adapters.vllm.memory import Pages
 from kvpolicy.adapters.vllm.progress import Progress
 from kvpolicy.adapters.vllm.refusals import insist_on_layer
 from kvpolicy.adapters.vllm.requests import Request, places_of, table_of
 from kvpolicy.adapters.vllm.selftest import WriteWatch, check_attention
-from kvpolicy.errors import IntegrityError
+from kvpolicy.errors import IntegrityError, UnsupportedError
 from kvpolicy.eviction import LogitSpec
 from kvpolicy.view import LayerSpec
 
 __all__ = ["Evictor", "reserve"]
+
+_log = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, which is the one that is shown
 
 
 class Evictor:
@@ -62,6 +65,14 @@ class Evictor:
         sizes = (scheduler.max_num_seqs + 1, scheduler.max_num_batched_tokens)
         self._buffers = Buffers(*sizes, table.places, config.ring, device)
         self._progress: dict[int, Progress] = {}  #: by place
+        if self._counters is not None:
+            decode = spec.reservation(config.plan).decode
+            _log.info(
+                "kvpolicy evicts from %d layers by %r: a request that decodes holds %d slots in %d blocks of %d; "
+                "%.1f MiB are remembered of %d places beside the cache",
+                len(modules), config.default[0], config.plan.capacity, decode, spec.block_size,
+                arena.nbytes() / 2**20, table.places,
+            )  # fmt: skip
         self._watch, self._untested = WriteWatch(self._pages), True
 
     @property
@@ -192,6 +203,11 @@ def _logits(modules: Sequence[Any], spec: Any, vllm_config: Any, config: Config,
     impl, model = modules[0].impl, vllm_config.model_config
     ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
     total = model.get_total_num_kv_heads()
+    if ranks > total:
+        raise UnsupportedError(
+            f"{ADAPTER} cannot evict where {ranks} processes share {total} KV heads: copies of a head would keep "
+            f"different tokens; write --tensor-parallel-size {total}, or less"
+        )
     sinks = [module.impl.sinks for module in modules if getattr(module.impl, "sinks", None) is not None]
     softcap = getattr(impl, "logits_soft_cap", None)
     return LogitSpec(

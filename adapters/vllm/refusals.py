@@ -70,7 +70,7 @@ def insist_on_some(evicts: bool) -> None:
     if not evicts:
         raise UnsupportedError(
             f"{ADAPTER} was asked for, and no layer of this model has full attention under a backend that evicts: "
-            "nothing would ever be forgotten; leave kvpolicy out of additional_config"
+            "nothing would ever be forgotten; leave kvpolicy out of additional_config, or let VLLM_PLUGINS name it, too"
         )
 
 

@@ -14,7 +14,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from kvpolicy.adapters.vllm.board import announce, configs
-from kvpolicy.adapters.vllm.config import KEY, Config
+from kvpolicy.adapters.vllm.config import KEY, Config, insist_on_key
 from kvpolicy.adapters.vllm.plugin import warn_of_version
 from kvpolicy.adapters.vllm.refusals import insist_on_engine, insist_on_some
 from kvpolicy.adapters.vllm.settings import Settings
@@ -176,6 +176,10 @@ class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[repor
 
         vLLM shows no configuration here: the board has those of the engines; a request must fit all of them.
         """
+        try:
+            insist_on_key(sampling_params.extra_args, "extra_args")
+        except KVPolicyError as error:
+            raise VLLMValidationError(str(error)) from error
         if (sampling_params.extra_args or {}).get(KEY) is None:
             return
         found = configs()

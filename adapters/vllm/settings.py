@@ -8,12 +8,13 @@ import functools
 import json
 import logging
 import re
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kvpolicy.adapters.vllm.config import KEY, Config, followed
+from kvpolicy.adapters.vllm.config import KEY, Config, followed, insist_on_key
 from kvpolicy.errors import BindError, BudgetError, KVPolicyError, UsageError, nearest
 from kvpolicy.policy import LayerPlan, Policy
 from kvpolicy.selectors import TopK
@@ -52,8 +53,8 @@ class Settings:
 
         Args:
             config: of the engine.
-            params: vLLM's ``SamplingParams``. ``extra_args["kvpolicy"]`` is ``"off"``, or has any of ``policy``
-                (a text, or a name as ``snapkv``, which then has budget and interval of the engine, and no more
+            params: vLLM's ``SamplingParams``. ``extra_args["kvpolicy"]`` is ``"off"``, a policy, or has any of
+                ``policy`` (a text, or a name as ``snapkv``, which then has budget and interval of the engine, and no more
                 ``recent`` tokens than it), ``budget`` and ``seed``; or it is the JSON text of these, for vLLM's HTTP
                 API, whose ``vllm_xargs`` has no objects in it.
                 Where no seed is there, ``params.seed`` is it, and 0 where that is None.
@@ -61,7 +62,9 @@ class Settings:
         Raises:
             KVPolicyError: the request asks for what is none, or for more than the engine set aside.
         """
-        asked = (params.extra_args or {}).get(KEY) if params is not None else None
+        extra = (params.extra_args or {}) if params is not None else {}
+        insist_on_key(extra, "extra_args")
+        asked = extra.get(KEY)
         own = _read(config, json.dumps(asked, sort_keys=True, default=repr))
         if own.seed is not None or own.settings.off:
             return own.settings
@@ -90,6 +93,9 @@ class _Read:
 @functools.lru_cache(maxsize=4096)
 def _read(config: Config, text: str) -> _Read:
     given = json.loads(text)
+    if isinstance(given, str):  # vLLM's HTTP API has no objects in vllm_xargs
+        with contextlib.suppress(ValueError, RecursionError):
+            given = json.loads(given)
     if given is None:
         return _Read(Settings(*config.default, 0), None)
     if given == "off":
@@ -99,11 +105,11 @@ def _read(config: Config, text: str) -> _Read:
                 f'everything; start it with "prefill": "exact"'
             )
         return _Read(Settings(None, None, 0), None)
-    if isinstance(given, str):  # vLLM's HTTP API has no objects in vllm_xargs
-        with contextlib.suppress(ValueError, RecursionError):
-            given = json.loads(given)
+    if isinstance(given, str) and given.strip():
+        given = {"policy": given}
     if not isinstance(given, dict):
-        raise UsageError(f'{KEY} in extra_args is {given!r}; write "off", or as in {_EXAMPLE}; over HTTP, {_OVER_HTTP}')
+        shown = textwrap.shorten(repr(given), 80)
+        raise UsageError(f'{KEY} in extra_args is {shown}; write "off", or as in {_EXAMPLE}; over HTTP, {_OVER_HTTP}')
     for name in given:
         if name not in _FIELDS:
             raise UsageError(f"{KEY} in extra_args has {name!r}{nearest(name, _FIELDS)}; it knows {', '.join(_FIELDS)}")
@@ -117,7 +123,7 @@ def _read(config: Config, text: str) -> _Read:
         named = re.fullmatch(r"\s*\w+\s*", wanted) is not None
         if budget is not None and not named:
             raise UsageError(f"{KEY} in extra_args: {wanted!r} says its budget itself; leave budget={budget} out")
-        policy, plan = _named(config, wanted.strip(), budget) if named else followed(wanted, config.interval)
+        policy, plan = _named(config, wanted.strip(), budget) if named else followed(wanted)
     elif budget is not None:
         policy, plan = _with_budget(config, budget)
     if plan.capacity > config.plan.capacity:
@@ -147,7 +153,10 @@ def _check_integer(name: str, given: Any, least: int) -> None:
     if given is None:
         return
     if not isinstance(given, int) or isinstance(given, bool) or not least <= given < 2**63:
-        raise UsageError(f"{KEY} in extra_args: {name} is {given!r}; write a whole number of at least {least}")
+        raise UsageError(
+            f"{KEY} in extra_args: {name} is {textwrap.shorten(repr(given), 80)}; write a whole number from {least} to "
+            f"{2**63 - 1}"
+        )
 
 
 def _named(config: Config, name: str, budget: int | None) -> tuple[Policy, LayerPlan]:

@@ -8,12 +8,13 @@ The input is a list of engines. Each has ``engine``, the arguments of ``vllm.LLM
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(engines: Sequence[dict[str, Any]], *, timeout: float = 400, **changes: s
 
 
 @contextlib.contextmanager
-def _scheduling(ahead: bool) -> Iterator[None]:
+def _scheduling(ahead: bool) -> Generator[None]:
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
@@ -135,8 +136,7 @@ def _apart(asked: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Serve each engine; one with ``"may_fail"`` prints its errors, the outermost first, and whether it started."""
-    import vllm  # once, for all forks
-    import vllm.v1.worker.cpu_worker  # noqa: F401
+    importlib.import_module("vllm.v1.worker.cpu_worker")  # once, for all forks
 
     found = [_apart(asked) if asked.get("may_fail") else _serve(asked) for asked in json.load(sys.stdin)]
     print()

@@ -97,7 +97,8 @@ def test_bounded_prompts_are_cut_chunk_by_chunk(model: Any, texts: dict[str, lis
     cache, tokens = EvictionCache(model, Policy.parse(DEFAULT)), torch.tensor([texts["long"]])
     expected: list[int] = []
     with torch.no_grad():
-        for first in range(0, tokens.shape[1], CHUNK):
+        out = model(tokens[:, :CHUNK], past_key_values=cache)
+        for first in range(CHUNK, tokens.shape[1], CHUNK):
             out = model(tokens[:, first : first + CHUNK], past_key_values=cache)
         for _ in range(70):
             expected.append(int(out.logits[0, -1].argmax()))

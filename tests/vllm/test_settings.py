@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,12 +66,13 @@ def test_a_budget_replaces_that_of_the_policy_alone() -> None:
     ("text", "expected"),
     [
         ("knorm(48, interval=16, recent=8)", "Policy(KeyNorm() >> TopK(48), interval=16, recent=8)"),
-        ("Recency() >> Sinks(4) >> TopK(80)", "Policy(Recency() >> Sinks(4) >> TopK(80), interval=16)"),
+        ("Recency() >> Sinks(4) >> TopK(80)", "Policy(Recency() >> Sinks(4) >> TopK(80))"),
     ],
 )
 def test_a_policy_by_its_text(text: str, expected: str) -> None:
-    config = Config("vase(128)", interval=None if "interval" in text else 16)
-    assert repr(Settings.of(config, asked({"policy": text})).policy) == expected
+    config = Config("vase(128)", interval=48)
+    for given in ({"policy": text}, text, json.dumps({"policy": text})):
+        assert repr(Settings.of(config, asked(given)).policy) == expected
 
 
 def test_a_policy_by_its_name_has_the_budget_of_the_engine() -> None:
@@ -114,7 +116,8 @@ def test_a_seed_is_the_requests_own_then_that_of_sampling_then_zero() -> None:
         ({"policy": "pyramidkv(40)"}, "layers budgets of their own"),
         ({"policy": "Policy(KeyNorm() >> TopK(40), interval=None, recent=8)"}, "evicts at the end of a turn only"),
         ({"policy": "Policy(Attention(window=99) >> TopK(40), interval=32, recent=8)"}, '"window": 99'),
-        ("on", 'write "off"'),
+        ("on", "'on' is not"),
+        ({"seed": 2**63}, "from -9223372036854775808 to 9223372036854775807"),
         (["vase"], 'write "off"'),
     ],
 )
@@ -124,8 +127,17 @@ def test_what_cannot_be_is_said(given: Any, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_a_key_that_is_nearly_ours_is_not_ignored() -> None:
+    for name in ("kv_policy", "kvpolcy", "KVPolicy"):
+        with pytest.raises(BindError, match="write 'kvpolicy'"):
+            Config.of(SimpleNamespace(additional_config={name: POLICY}))
+        with pytest.raises(BindError, match="write 'kvpolicy'"):
+            Settings.of(Config(POLICY), SimpleNamespace(extra_args={name: "off"}, seed=None))
+
+
 def test_off_has_no_room_where_prompts_are_bounded() -> None:
     assert Settings.of(Config(POLICY), asked("off")).off
+    assert Settings.of(Config(POLICY), asked('"off"')).off
     with pytest.raises(KVPolicyError, match="bounded memory"):
         Settings.of(Config(POLICY, prefill="bounded"), asked("off"))
 
