@@ -78,10 +78,10 @@ def answers(llm: LLM, prompts: Sequence[Sequence[int]], asked: Any) -> list[list
 
 def reference(model: Any, tokens: Sequence[int], policy: str, count: int) -> list[int]:
     """Return what transformers answers, greedily."""
-    cache = EvictionCache(model, Policy.parse(policy))
+    cache, given = EvictionCache(model, Policy.parse(policy)), torch.tensor([list(tokens)])
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None}
-    with torch.no_grad():
-        out = model.generate(torch.tensor([list(tokens)]), past_key_values=cache, **options)
+    with torch.no_grad():  # a mask: without, a token with the number of pads would be taken for one
+        out = model.generate(given, attention_mask=torch.ones_like(given), past_key_values=cache, **options)
     return out[0, len(tokens) :].tolist()
 
 
@@ -98,3 +98,17 @@ def managers(llm: LLM) -> list[EvictionManager]:
 
 def scheduler(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def preempted(llm: LLM) -> list[str]:
+    """Return a list that tells, from now on, which requests were preempted."""
+    found: list[str] = []
+    core = scheduler(llm)
+    stock = core._preempt_request
+
+    def preempt(request: Any, *rest: Any, **more: Any) -> Any:
+        found.append(request.request_id)
+        return stock(request, *rest, **more)
+
+    core._preempt_request = preempt
+    return found

@@ -82,6 +82,8 @@ def test_a_policy_by_its_name_has_the_budget_of_the_engine() -> None:
     short = Settings.of(Config(POLICY), asked({"policy": "tova"})).policy
     assert repr(short) == "Policy(LastQuery() >> TopK(64), interval=32, recent=1)"
     assert Settings.of(Config(POLICY), asked({"policy": "knorm"})).plan.recent == 16
+    window = Settings.of(Config("vase(256)", interval=32), asked({"policy": "snapkv"})).policy
+    assert repr(window) == "Policy(Attention(over='all') >> TopK(256), interval=32)"
 
 
 def test_equal_requests_share_one_policy() -> None:
@@ -194,7 +196,42 @@ def test_off_is_stock_while_neighbours_evict(llm: LLM, plain: LLM) -> None:
     assert found[3:] != expected
 
 
-def test_a_wrong_request_is_refused_and_the_engine_goes_on(llm: LLM) -> None:
-    with pytest.raises(VLLMValidationError, match="fills 4128 slots"):
-        answers(llm, PROMPTS[:1], params(5, {"budget": 4096}))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bugdet": 40}, "did you mean 'budget'"),
+        ({"budget": 4096}, "fills 4128 slots, and the engine sets 96 aside .*; ask for at most 64"),
+        ({"budget": "40"}, "budget is '40'; write a whole number"),
+        ({"policy": "KeyNorm() >> TopK(Adaptive(40))"}, "heads budgets of their own.*write TopK"),
+        ({"policy": "vase(64"}, "cannot read"),
+        ({"policy": "Policy(Attention(window=99) >> TopK(40), interval=32, recent=8)"}, 'start it with "window": 99'),
+        ({"seed": "one"}, "seed is 'one'; write a whole number"),
+        ("on", 'write "off"'),
+    ],
+)
+def test_a_wrong_request_is_refused_and_the_engine_goes_on(llm: LLM, given: Any, message: str) -> None:
+    with pytest.raises(VLLMValidationError, match=message):
+        answers(llm, PROMPTS[:1], params(5, given))
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert answers(llm, PROMPTS[:1], params(5)) == answers(llm, PROMPTS[:1], params(5, {"seed": 0}))
+
+
+@pytest.fixture
+def board_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request must fit one of the engines of a process: those of other tests do not count here."""
+    monkeypatch.setenv("KVPOLICY_VLLM_BOARD", str(tmp_path))
+
+
+@pytest.mark.usefixtures("board_of_its_own")
+def test_an_engine_without_kvpolicy_refuses_who_asks_for_it(plain: LLM) -> None:
+    with pytest.raises(VLLMValidationError, match="started without it: start it with --additional-config"):
+        answers(plain, PROMPTS[:1], params(5, {"budget": 40}))
+    assert len(answers(plain, PROMPTS[:1], params(5))[0]) == 5
+
+
+@pytest.mark.usefixtures("board_of_its_own")
+def test_off_is_refused_where_prompts_are_bounded(folder: Path) -> None:
+    llm = engine(folder, {"policy": POLICY, "prefill": "bounded"})
+    with pytest.raises(VLLMValidationError, match='start it with "prefill": "exact"'):
+        answers(llm, PROMPTS[:1], params(5, "off"))
     assert len(answers(llm, PROMPTS[:1], params(5))[0]) == 5

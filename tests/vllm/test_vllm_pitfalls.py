@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from vllm import LLM
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from kvpolicy import UnsupportedError
 from kvpolicy.adapters.vllm import board
-from tests.vllm.engine import agreeing, answers, engine, managers, params, reference, scheduler, tiny_llama
+from tests.vllm.engine import (
+    agreeing,
+    answers,
+    engine,
+    managers,
+    params,
+    preempted,
+    prompt_of,
+    reference,
+    scheduler,
+    tiny_llama,
+)
 
 POLICY = "vase(64, interval=32, recent=16)"
 PROMPT = [(7 * i) % 512 for i in range(300)]
@@ -64,10 +75,18 @@ def recomputed() -> float:
     return sum(numbers["recomputed_requests"] for numbers in board.counted().values())
 
 
+def served(llm: LLM, count: int) -> tuple[list[int], int]:
+    """Return an answer to the prompt, and how many of the prompt's tokens were found in the prefix cache."""
+    (out,) = llm.generate([prompt_of(PROMPT)], params(count), use_tqdm=False)
+    assert out.num_cached_tokens is not None
+    return list(out.outputs[0].token_ids), out.num_cached_tokens
+
+
 def test_a_prefix_that_was_served_before_is_no_hit(folder: Path) -> None:
     llm = engine(folder, {"policy": POLICY}, enable_prefix_caching=True)
-    first, second = (answers(llm, [PROMPT], params(100)) for _ in range(2))
+    (first, none), (second, hits) = (served(llm, 100) for _ in range(2))
     assert first == second
+    assert none == hits == 0
     assert not managers(llm)[0].block_pool.cached_block_hash_to_block._cache
 
 
@@ -75,8 +94,10 @@ def test_a_prefix_that_sliding_layers_have_is_computed_for_the_others(tmp_path: 
     model = gemma(tmp_path, "sliding_attention", "full_attention", "sliding_attention", "full_attention")
     llm = engine(tmp_path, {"policy": POLICY}, enable_prefix_caching=True)
     expected = reference(model, PROMPT, POLICY, 100)
-    first, second = (answers(llm, [PROMPT], params(100))[0] for _ in range(2))
-    assert agreeing(first, expected) == agreeing(second, expected) == 100
+    for _ in range(2):
+        found, hits = served(llm, 100)
+        assert agreeing(found, expected) == 100
+        assert hits == 0
     others = list(scheduler(llm).kv_cache_manager.coordinator.single_type_managers)
     assert len(others) > len(managers(llm)) == 1
 
@@ -104,20 +125,11 @@ def test_a_request_that_is_computed_again_is_counted(folder: Path) -> None:
 
 def test_preempted_neighbours_of_requests_that_keep_everything_finish(folder: Path) -> None:
     llm = engine(folder, {"policy": POLICY}, num_gpu_blocks_override=65, max_num_seqs=12)
-    (manager,) = managers(llm)
+    (manager,), stopped = managers(llm), preempted(llm)
     free = manager.block_pool.get_num_free_blocks()
-    preempted: list[str] = []
-    core = scheduler(llm)
-    original = core._preempt_request
-
-    def preempt(request: Any, *rest: Any) -> Any:
-        preempted.append(request.request_id)
-        return original(request, *rest)
-
-    core._preempt_request = preempt
     found = answers(llm, [PROMPT[:40]] * 12, [params(200, "off" if i % 2 else None) for i in range(12)])
-    assert preempted
     assert [len(one) for one in found] == [200] * 12
+    assert stopped
     assert manager.block_pool.get_num_free_blocks() == free
 
 
@@ -127,24 +139,46 @@ def test_an_engine_whose_layers_all_slide_never_serves(tmp_path: Path) -> None:
         answers(engine(tmp_path, {"policy": POLICY}), [PROMPT], params(2))
 
 
-INACTIVE = """
-import json, sys
-from tests.vllm.engine import answers, engine, params, prompt_of
-llm = engine(sys.argv[1])
-out = llm.generate([prompt_of(range(60))], params(40, logprobs=3), use_tqdm=False)[0].outputs[0]
-print(json.dumps([list(out.token_ids), [[one.logprob for one in step.values()] for step in out.logprobs]]))
+def test_a_prefix_is_a_hit_where_nothing_evicts(folder: Path) -> None:
+    """What the tests above look at would show a hit."""
+    llm = engine(folder, enable_prefix_caching=True)
+    (first, none), (second, hits) = (served(llm, 20) for _ in range(2))
+    assert first == second
+    assert none == 0
+    assert hits >= 256
+
+
+WITHOUT = """
+import importlib.metadata as metadata, sys
+stock = metadata.entry_points
+def others(**asked):
+    found = stock(**asked)
+    return metadata.EntryPoints(one for one in found if one.name != "kvpolicy") if asked else found
+metadata.entry_points = others
+from tests.vllm.test_vllm_pitfalls import answered
+answered(sys.argv[1])
 """
 
 
-def test_without_the_key_nothing_changes(folder: Path) -> None:
-    def run(**variables: str) -> list[object]:
-        done = subprocess.run(
-            [sys.executable, "-c", INACTIVE, str(folder)],
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(done.stdout.splitlines()[-1])
+def answered(folder: str) -> None:
+    """Print what an engine without the key answers, and whether vLLM has loaded our entry points."""
+    llm = engine(folder)
+    (out,) = llm.generate([prompt_of(PROMPT)], params(40, logprobs=3), use_tqdm=False)
+    logprobs = [[one.logprob for one in step.values()] for step in out.outputs[0].logprobs or ()]
+    wrapped = AttentionBackendEnum.CPU_ATTN.get_path().startswith("kvpolicy.")
+    loaded = [wrapped, "kvpolicy.adapters.vllm.requests" in sys.modules]
+    print(json.dumps([list(out.outputs[0].token_ids), logprobs, loaded]))
 
-    assert run() == run(VLLM_PLUGINS="none")
+
+def test_without_the_key_nothing_changes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    answered(str(folder))
+    here = capsys.readouterr().out
+    command = [sys.executable, "-c", WITHOUT, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    there = done.stdout
+    (*plugged, loaded), (*stock, absent) = (json.loads(text.splitlines()[-1]) for text in (here, there))
+    assert (loaded, absent) == ([True, True], [False, False])
+    assert len(plugged[1]) == 40
+    assert plugged == stock
