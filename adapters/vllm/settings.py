@@ -54,8 +54,8 @@ class Settings:
         Args:
             config: of the engine.
             params: vLLM's ``SamplingParams``. ``extra_args["kvpolicy"]`` is ``"off"``, a policy, or has any of
-                ``policy`` (a text, or a name as ``snapkv``, which then has budget and interval of the engine, and no more
-                ``recent`` tokens than it), ``budget`` and ``seed``; or it is the JSON text of these, for vLLM's HTTP
+                ``policy`` (a text, or a name as ``snapkv``, which then has budget and interval of the engine, and no
+                more ``recent`` tokens than it), ``budget`` and ``seed``; or it is the JSON text of these, for vLLM's HTTP
                 API, whose ``vllm_xargs`` has no objects in it.
                 Where no seed is there, ``params.seed`` is it, and 0 where that is None.
 

@@ -206,7 +206,7 @@ def test_off_is_stock_while_neighbours_evict(llm: LLM, plain: LLM) -> None:
         ({"policy": "vase(64"}, "cannot read"),
         ({"policy": "Policy(Attention(window=99) >> TopK(40), interval=32, recent=8)"}, 'start it with "window": 99'),
         ({"seed": "one"}, "seed is 'one'; write a whole number"),
-        ("on", 'write "off"'),
+        (7, 'write "off"'),
     ],
 )
 def test_a_wrong_request_is_refused_and_the_engine_goes_on(llm: LLM, given: Any, message: str) -> None:
@@ -224,7 +224,7 @@ def board_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("board_of_its_own")
 def test_an_engine_without_kvpolicy_refuses_who_asks_for_it(plain: LLM) -> None:
-    with pytest.raises(VLLMValidationError, match="started without it: start it with --additional-config"):
+    with pytest.raises(VLLMValidationError, match="no engine on this machine was started with it"):
         answers(plain, PROMPTS[:1], params(5, {"budget": 40}))
     assert len(answers(plain, PROMPTS[:1], params(5))[0]) == 5
 
