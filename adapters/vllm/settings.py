@@ -54,10 +54,10 @@ class Settings:
         Args:
             config: of the engine.
             params: vLLM's ``SamplingParams``. ``extra_args["kvpolicy"]`` is ``"off"``, a policy, or has any of
-                ``policy`` (a text, or a name as ``snapkv``, which then has budget and interval of the engine, and no
-                more ``recent`` tokens than it), ``budget`` and ``seed``; or it is the JSON text of these, for vLLM's HTTP
-                API, whose ``vllm_xargs`` has no objects in it.
-                Where no seed is there, ``params.seed`` is it, and 0 where that is None.
+                ``policy``, ``budget`` and ``seed``; or it is the JSON text of these, for vLLM's HTTP API, whose
+                ``vllm_xargs`` has no objects in it. A policy is a text, or a name as ``snapkv``, which then has
+                budget and interval of the engine, and no more ``recent`` tokens than it. Where no seed is there,
+                ``params.seed`` is it, and 0 where that is None.
 
         Raises:
             KVPolicyError: the request asks for what is none, or for more than the engine set aside.
