@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -43,7 +44,7 @@ def open_board() -> None:
         path = Path(tempfile.gettempdir()) / f"kvpolicy-{uuid.uuid4().hex}"
         os.environ[_VARIABLE] = str(path)
         atexit.register(shutil.rmtree, path, ignore_errors=True)
-        _collect()
+    _collect()  # whoever started this process may have named the folder
 
 
 def _folder() -> Path:
@@ -119,6 +120,7 @@ def counted() -> dict[str, dict[str, float]]:
     return found
 
 
+@functools.cache
 def _collect() -> None:
     """Add the counters to the registry that vLLM serves under ``/metrics``."""
     try:

@@ -34,7 +34,9 @@ ROOT = Path(__file__).parents[2]
 def environment(**changes: str) -> dict[str, str]:
     """Return the environment of a process that runs vLLM with this checkout."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **changes}
+    # A board of its own: an engine that was started here before has named one for all that this process starts.
+    inherited = {name: value for name, value in os.environ.items() if name != "KVPOLICY_VLLM_BOARD"}
+    return {**inherited, **ENVIRONMENT, "PYTHONPATH": path, **changes}
 
 
 def run(engines: Sequence[dict[str, Any]], *, timeout: float = 400, **changes: str) -> list[dict[str, Any]]:
