@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from kvpolicy import Constant, LastQuery, Policy, Prompt, Recency, Sinks, TopK
+from kvpolicy.adapters.summing import summed
 from kvpolicy.errors import KVPolicyError, UnsupportedError
 from kvpolicy.policy import EvictionPolicy
 
@@ -60,12 +61,7 @@ class Ranks:
     @property
     def all_reduce(self) -> Callable[[Tensor], Tensor] | None:
         """Return what sums a tensor over the processes, or None where each has all heads."""
-        return self._sum if self.split else None
-
-    def _sum(self, t: Tensor) -> Tensor:
-        total = t.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total, group=self.group)
-        return total
+        return partial(summed, group=self.group) if self.split else None
 
     def insist(self, mine: Mapping[str, Any], error: type[KVPolicyError]) -> None:
         """Compare what each process has; every one of them must call it.

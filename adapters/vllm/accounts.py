@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvpolicy.adapters.vllm.config import followed
+from kvpolicy.adapters.vllm.progress import Progress, Request
+from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.errors import UsageError
-from kvpolicy.eviction import is_end
 from kvpolicy.policy import Policy
-from kvpolicy.row import Row
 
 __all__ = ["Account", "account"]
 
@@ -53,12 +53,13 @@ def account(policy: Policy | str, *, prompt: int, output: int, interval: int | N
     """
     if not (isinstance(prompt, int) and isinstance(output, int) and prompt > 0 and output > 0):
         raise UsageError(f"prompt={prompt!r} and output={output!r}: write how many tokens each had, at least 1")
-    _, plan = followed(policy if isinstance(policy, str) else policy.text(full=True), interval)
-    row, most = Row().advanced(prompt, decoding=False), 0
-    before, turn = row, True
+    policy, plan = followed(policy if isinstance(policy, str) else policy.text(full=True), interval)
+    one, most = Progress.of(Request(0, prompt, Settings(policy, plan, 0))), 0
+    one.advance(prompt, exact=True)
     for _ in range(output - 1):  # an eviction comes before the step that writes the next token
-        if is_end(plan, before, row, turn=turn) and row.length > plan.budget:
-            row = row.evicted(plan.budget, plan.recent)
-        before, row, turn = row, row.advanced(1, decoding=True), False
-        most = max(most, row.length)
+        if one.due() and one.over:
+            one.row = one.row.evicted(plan.budget, plan.recent)
+        one.advance(1, exact=True)
+        most = max(most, one.row.length)
+    row = one.row
     return Account(row.seen, row.length, most, row.evictions, row.seen - row.length)

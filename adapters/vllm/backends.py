@@ -158,7 +158,7 @@ def _builder(base: Any) -> type:
                 return super().build(common_prefix_len, common_attn_metadata, *args, **kw)
             self.evictor.test(super().build, common_attn_metadata)
             metadata = super().build(0, self.evictor.step(common_attn_metadata), *args, **kw)
-            metadata.kvpolicy_lines = self.evictor.lines
+            metadata.kvpolicy_lines = self.evictor.buffers.lines
             return metadata
 
         def use_cascade_attention(self, *_: Any, **__: Any) -> bool:

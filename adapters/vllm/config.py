@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from kvpolicy.adapters import planning
 from kvpolicy.allocators import PerLayer, Pyramid
-from kvpolicy.errors import BindError, ParseError, UnsupportedError, nearest
+from kvpolicy.errors import BindError, UnsupportedError, nearest
 from kvpolicy.policy import LayerPlan, ModelSpec, Policy
 
 __all__ = ["ADAPTER", "KEY", "Config", "followed", "insist_on_key"]
@@ -134,10 +134,8 @@ def followed(text: str, interval: int | None = None) -> tuple[Policy, LayerPlan]
         UnsupportedError: layers or heads have budgets of their own, or nothing is decoded between evictions.
     """
     policy = Policy.parse(text)
-    if not isinstance(policy, Policy):
-        raise ParseError(f"{text!r} is not a policy")
     if interval is not None:
-        policy = dataclasses.replace(policy, interval=interval) if policy.interval != interval else policy
+        policy = dataclasses.replace(policy, interval=interval)
     planning.checked(policy, ADAPTER)
     if "head_budgets" in policy.needs:
         raise UnsupportedError(

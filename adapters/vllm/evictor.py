@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from vllm.logger import init_logger
 
+from kvpolicy.adapters.summing import summed
 from kvpolicy.adapters.vllm.arena import Arena
 from kvpolicy.adapters.vllm.buffers import Buffers
-from kvpolicy.adapters.vllm.config import ADAPTER, Config
+from kvpolicy.adapters.vllm.config import Config
 from kvpolicy.adapters.vllm.cutting import Cutter
 from kvpolicy.adapters.vllm.memory import Pages
-from kvpolicy.adapters.vllm.progress import Progress
+from kvpolicy.adapters.vllm.progress import Progress, Request
 from kvpolicy.adapters.vllm.refusals import insist_on_layer
-from kvpolicy.adapters.vllm.requests import Request, places_of, table_of
+from kvpolicy.adapters.vllm.requests import places_of, table_of
 from kvpolicy.adapters.vllm.selftest import WriteWatch, check_attention
-from kvpolicy.errors import IntegrityError, UnsupportedError
+from kvpolicy.errors import IntegrityError
 from kvpolicy.eviction import LogitSpec
 from kvpolicy.view import LayerSpec
 
@@ -36,6 +38,9 @@ class Evictor:
         layer_names: of the group.
         vllm_config: of the engine.
         device: of the caches.
+
+    Attributes:
+        buffers: what a step's kernels are told.
     """
 
     def __init__(self, spec: Any, layer_names: Sequence[str], vllm_config: Any, device: Any) -> None:
@@ -63,7 +68,7 @@ class Evictor:
         self._cutter = Cutter(arena, self._pages, self._logits, self._counters)
         scheduler = vllm_config.scheduler_config
         sizes = (scheduler.max_num_seqs + 1, scheduler.max_num_batched_tokens)
-        self._buffers = Buffers(*sizes, table.places, config.ring, device)
+        self.buffers = Buffers(*sizes, table.places, config.ring, device)
         self._progress: dict[int, Progress] = {}  #: by place
         if self._counters is not None:
             decode = spec.reservation(config.plan).decode
@@ -75,11 +80,6 @@ class Evictor:
             )  # fmt: skip
         self._watch, self._untested = WriteWatch(self._pages), True
 
-    @property
-    def lines(self) -> Tensor | None:
-        """Return where each token's query of this step goes, ``[tokens]``; None where none is remembered."""
-        return self._buffers.lines
-
     def test(self, build: Any, cm: Any) -> None:
         """Compare this engine with the full cache, before its first step.
 
@@ -87,9 +87,11 @@ class Evictor:
             build: of the stock metadata builder.
             cm: of that step.
         """
+        if not self._untested:
+            return
         cache = self._first.kv_cache
         busy = cm.seq_lens.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._untested and isinstance(cache, Tensor) and cache.dim() == 4 and len(cache) > 2 and not busy:
+        if isinstance(cache, Tensor) and cache.dim() == 4 and len(cache) > 2 and not busy:
             self._untested = False
             check_attention(build, cm, self._first, self._pages, self._logits, self._block)
 
@@ -106,8 +108,8 @@ class Evictor:
         requests = self._requests(cm, len(counts))
         if requests is None:  # a warm-up, or a graph that is captured
             none = np.zeros(0, dtype=np.int64)
-            self._buffers.direct(cm.num_actual_tokens, none, none, none)
-            return cm.replace(seq_lens=self._buffers.take_lengths(cm.seq_lens))
+            self.buffers.direct(cm.num_actual_tokens, none, none, none)
+            return cm.replace(seq_lens=self.buffers.take_lengths(cm.seq_lens))
         self._watch.after()
         seen = cm.seq_lens_cpu_upper_bound[: len(counts)].numpy().astype(np.int64) - counts
         held = [self._progress_of(request, n) for request, n in zip(requests, seen.tolist(), strict=True)]
@@ -120,15 +122,15 @@ class Evictor:
         for one, count in zip(held, counts.tolist(), strict=True):
             if one is not None:
                 one.advance(count, exact=self._exact)
-        self._buffers.map_slots(cm, counts, starts, self._block)
+        self.buffers.map_slots(cm, counts, starts, self._block)
         places = np.array([-1 if one is None else one.request.place for one in held])
-        self._buffers.direct(cm.num_actual_tokens, counts, seen, places)
+        self.buffers.direct(cm.num_actual_tokens, counts, seen, places)
         if self._counters is not None:
             self._counters.set("slots_in_use", float((starts + counts).sum()))
         host = cm.seq_lens_cpu_upper_bound.clone()
         host[: len(counts)] = torch.from_numpy(starts + counts)
         return cm.replace(
-            seq_lens=self._buffers.take_lengths(cm.seq_lens, host[: len(counts)]),
+            seq_lens=self.buffers.take_lengths(cm.seq_lens, host[: len(counts)]),
             seq_lens_cpu_upper_bound=host,
             max_seq_len=int(host.max()),
             _num_computed_tokens_cache=None,
@@ -198,16 +200,11 @@ def _index(name: str) -> int:
 
 def _logits(modules: Sequence[Any], spec: Any, vllm_config: Any, config: Config, device: torch.device) -> LogitSpec:
     """Return what the model's attention does, and which heads of it are here."""
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm.distributed import get_tp_group
 
-    impl, model = modules[0].impl, vllm_config.model_config
-    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    impl, model, group = modules[0].impl, vllm_config.model_config, get_tp_group()
+    ranks, rank = group.world_size, group.rank_in_group
     total = model.get_total_num_kv_heads()
-    if ranks > total:
-        raise UnsupportedError(
-            f"{ADAPTER} cannot evict where {ranks} processes share {total} KV heads: copies of a head would keep "
-            f"different tokens; write --tensor-parallel-size {total}, or less"
-        )
     sinks = [module.impl.sinks for module in modules if getattr(module.impl, "sinks", None) is not None]
     softcap = getattr(impl, "logits_soft_cap", None)
     return LogitSpec(
@@ -217,15 +214,7 @@ def _logits(modules: Sequence[Any], spec: Any, vllm_config: Any, config: Config,
         num_layers=model.get_total_num_hidden_layers(),
         num_heads=total,
         head_offset=rank * total // ranks,
-        all_reduce=_sum if ranks > 1 else None,
+        # vLLM's own sum knows no integers on a CPU, and overwrites what it is given.
+        all_reduce=partial(summed, group=group.device_group) if ranks > 1 else None,
         workspace=config.workspace,
     )
-
-
-def _sum(t: Tensor) -> Tensor:
-    """Return the sum over the ranks; vLLM's own knows no integers on a CPU, and overwrites what it is given."""
-    from vllm.distributed import get_tp_group
-
-    total = t.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total, group=get_tp_group().device_group)
-    return total

@@ -124,10 +124,6 @@ class EvictionManager(SingleTypeKVCacheManager):  # pyright: ignore[reportUntype
         """Return 0: which slots are free only the worker knows."""
         return 0
 
-    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
-        """Return 0: no block is shared."""
-        return 0
-
     @classmethod
     def find_longest_cache_hit(
         cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *_: Any, **__: Any

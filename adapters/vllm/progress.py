@@ -1,15 +1,36 @@
-"""How far one request is: :class:`Progress`, the worker's count of its tokens and slots."""
+"""A :class:`Request` on the worker, and how far it is: :class:`Progress`, the count of its tokens and slots."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpolicy.adapters.vllm.requests import Request
+from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.eviction import is_end
 from kvpolicy.policy import LayerPlan, Policy
 from kvpolicy.row import Row
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "Request"]
+
+
+@dataclass(eq=False)
+class Request:
+    """Know a request on the worker.
+
+    Attributes:
+        place: where its positions, queries and state are held.
+        prompt: tokens of its prompt.
+        settings: what it follows.
+        again: it was preempted, and its tokens are computed again.
+        tokens: vLLM's own list of its prompt's tokens, the same list as long as the request lives; of runner V1.
+        output: vLLM's own list of its output tokens; of runner V1.
+    """
+
+    place: int
+    prompt: int
+    settings: Settings
+    again: bool = False
+    tokens: list[int] | None = None
+    output: list[int] | None = None
 
 
 @dataclass(eq=False)

@@ -13,11 +13,13 @@ __all__ = ["insist_on_engine", "insist_on_layer", "insist_on_some"]
 def insist_on_engine(vllm_config: Any) -> None:
     """Refuse an engine whose parts cannot work with eviction.
 
+    A version of vLLM that has renamed one of these does not start: nothing is taken for absent.
+
     Raises:
         UnsupportedError: the message names what it is, and what to write instead.
     """
     cache, parallel, model = vllm_config.cache_config, vllm_config.parallel_config, vllm_config.model_config
-    attention = getattr(vllm_config, "attention_config", None)
+    heads = model.get_total_num_kv_heads()
     cases = {
         "an attention of latents (MLA)": (model.use_mla, "use kvpolicy.adapters.hf, which evicts latents"),
         f"a {cache.cache_dtype} KV cache": (
@@ -31,32 +33,36 @@ def insist_on_engine(vllm_config: Any) -> None:
             "leave --decode-context-parallel-size out; tensor parallelism works",
         ),
         "prefill context parallelism": (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            parallel.prefill_context_parallel_size > 1,
             "leave --prefill-context-parallel-size out",
         ),
         "pipeline parallelism": (
             parallel.pipeline_parallel_size > 1,
             "leave --pipeline-parallel-size out; tensor parallelism works",
         ),
+        f"{parallel.tensor_parallel_size} processes for {heads} KV heads": (
+            parallel.tensor_parallel_size > heads,
+            f"copies of a head would keep different tokens; write --tensor-parallel-size {heads}, or less",
+        ),
         "data parallelism of a mixture of experts": (
-            getattr(parallel, "data_parallel_size", 1) > 1 and getattr(model, "is_moe", False),
+            parallel.data_parallel_size > 1 and model.is_moe,
             "leave --data-parallel-size out: a rank without requests runs batches that nothing tells from real ones",
         ),
-        "dual batch overlap": (getattr(parallel, "use_ubatching", False), "leave --enable-dbo out"),
+        "dual batch overlap": (parallel.use_ubatching, "leave --enable-dbo out"),
         "a pooling model": (model.runner_type == "pooling", "nothing is decoded that could be forgotten"),
         "an encoder-decoder": (model.is_encoder_decoder, "use a decoder-only model"),
-        "prompt embeddings": (getattr(model, "enable_prompt_embeds", False), "leave --enable-prompt-embeds out"),
+        "prompt embeddings": (model.enable_prompt_embeds, "leave --enable-prompt-embeds out"),
         "fast prefill of layers that share keys": (
-            getattr(cache, "kv_sharing_fast_prefill", False),
+            cache.kv_sharing_fast_prefill,
             "leave --kv-sharing-fast-prefill out",
         ),
         "a KV cache offloaded to the host": (
-            getattr(cache, "kv_offloading_size", None) is not None,
+            cache.kv_offloading_size is not None,
             "leave --kv-offloading-size out",
         ),
-        "HiSparse": (getattr(attention, "hisparse_config", None) is not None, "leave it out"),
+        "HiSparse": (vllm_config.attention_config.hisparse_config is not None, "leave it out"),
         "tokens of an image that see each other (a multimodal prefix)": (
-            getattr(model, "is_mm_prefix_lm", False),
+            model.is_mm_prefix_lm,
             "use the text model alone",
         ),
     }

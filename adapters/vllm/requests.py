@@ -6,7 +6,6 @@ That interface is how vLLM tells a worker the sampling parameters of its request
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -16,35 +15,15 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from kvpolicy.adapters.vllm.board import announce, configs
 from kvpolicy.adapters.vllm.config import KEY, Config, insist_on_key
 from kvpolicy.adapters.vllm.plugin import warn_of_version
+from kvpolicy.adapters.vllm.progress import Request
 from kvpolicy.adapters.vllm.refusals import insist_on_engine, insist_on_some
 from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.errors import KVPolicyError
 
-__all__ = ["Request", "RequestTable", "places_of", "table_of"]
+__all__ = ["RequestTable", "places_of", "table_of"]
 
 #: Of the engines of this process, by vLLM's name of their configuration.
 _tables: weakref.WeakValueDictionary[str, RequestTable] = weakref.WeakValueDictionary()
-
-
-@dataclass(eq=False)
-class Request:
-    """Know a request on the worker.
-
-    Attributes:
-        place: where its positions, queries and state are held.
-        prompt: tokens of its prompt.
-        settings: what it follows.
-        again: it was preempted, and its tokens are computed again.
-        tokens: vLLM's own list of its prompt's tokens, the same list as long as the request lives; of runner V1.
-        output: vLLM's own list of its output tokens; of runner V1.
-    """
-
-    place: int
-    prompt: int
-    settings: Settings
-    again: bool = False
-    tokens: list[int] | None = None
-    output: list[int] | None = None
 
 
 class RequestTable(LogitsProcessor, LogitsProcessorV2):  # pyright: ignore[reportUntypedBaseClass]

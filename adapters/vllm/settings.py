@@ -65,11 +65,10 @@ class Settings:
         extra = (params.extra_args or {}) if params is not None else {}
         insist_on_key(extra, "extra_args")
         asked = extra.get(KEY)
-        own = _read(config, json.dumps(asked, sort_keys=True, default=repr))
-        if own.seed is not None or own.settings.off:
-            return own.settings
-        seed = getattr(params, "seed", None) or 0
-        return own.settings if seed == 0 else Settings(own.settings.policy, own.settings.plan, seed)
+        own, seed = _read(config, json.dumps(asked, sort_keys=True, default=repr))
+        if seed is None:
+            seed = getattr(params, "seed", None) or 0
+        return Settings(*own, seed)
 
     @staticmethod
     def served(config: Config, params: Any) -> Settings:
@@ -84,27 +83,22 @@ class Settings:
             return Settings(*config.default, 0)
 
 
-@dataclass(frozen=True)
-class _Read:
-    settings: Settings
-    seed: int | None
-
-
 @functools.lru_cache(maxsize=4096)
-def _read(config: Config, text: str) -> _Read:
+def _read(config: Config, text: str) -> tuple[tuple[Policy | None, LayerPlan | None], int | None]:
+    """Return the policy that a request asks for and its plan, None where it keeps everything, and its seed."""
     given = json.loads(text)
     if isinstance(given, str):  # vLLM's HTTP API has no objects in vllm_xargs
         with contextlib.suppress(ValueError, RecursionError):
             given = json.loads(given)
     if given is None:
-        return _Read(Settings(*config.default, 0), None)
+        return config.default, None
     if given == "off":
         if not config.exact:
             raise UsageError(
                 f'{KEY} is "off": the engine prefills in bounded memory and has no room for a request that keeps '
                 f'everything; start it with "prefill": "exact"'
             )
-        return _Read(Settings(None, None, 0), None)
+        return (None, None), None
     if isinstance(given, str) and given.strip():
         given = {"policy": given}
     if not isinstance(given, dict):
@@ -140,7 +134,7 @@ def _read(config: Config, text: str) -> _Read:
             f"{KEY} in extra_args: {policy!r} asks {plan.window} queries, and the engine remembers {config.ring}: "
             f'start it with "window": {plan.window}'
         )
-    return _Read(Settings(policy, plan, seed or 0), seed)
+    return (policy, plan), seed
 
 
 def _remembers(policy: Policy) -> int:
