@@ -17,6 +17,17 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engines in this process, to look into
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where a random model lies."""
+    from tests.vllm.engine import tiny_llama
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(folder)
+    return folder
 
 
 class Unread(pytest.Module):

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -111,4 +112,35 @@ def preempted(llm: LLM) -> list[str]:
         return stock(request, *rest, **more)
 
     core._preempt_request = preempt
+    return found
+
+
+def stand_in(**changes: Any) -> Any:
+    """Return as much of a VllmConfig as is looked at; ``cache__cache_dtype`` is ``cache_config.cache_dtype``."""
+    found = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=False, kv_offloading_size=None),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            tensor_parallel_size=2,
+            data_parallel_size=1,
+            use_ubatching=False,
+        ),
+        model_config=SimpleNamespace(
+            use_mla=False,
+            runner_type="generate",
+            is_encoder_decoder=False,
+            enable_prompt_embeds=False,
+            is_mm_prefix_lm=False,
+            is_moe=False,
+            get_total_num_kv_heads=lambda: 2,
+        ),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        speculative_config=None,
+        kv_transfer_config=None,
+    )
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        setattr(getattr(found, f"{part}_config") if field else found, field or part, value)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,13 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(default_model(), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def llm(in_this_process: None) -> LLM:
+def llm() -> LLM:
     return engine(default_model(), {"policy": DEFAULT})
 
 

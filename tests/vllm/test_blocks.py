@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from hypothesis import strategies as st
 from vllm import LLM
 
 from kvpolicy.adapters.vllm import Config, Reservation, Settings
-from kvpolicy.adapters.vllm.progress import Progress
-from kvpolicy.adapters.vllm.requests import Request
+from kvpolicy.adapters.vllm.progress import Progress, Request
 from tests.vllm.engine import (
     BLOCK,
     CHUNK,
@@ -25,25 +23,10 @@ from tests.vllm.engine import (
     preempted,
     prompt_of,
     scheduler,
-    tiny_llama,
 )
 
 POLICY = "vase(64, interval=32, recent=16)"
 DECODE = 3  # blocks of 96 slots
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_llama(folder)
-    return folder
 
 
 def soak(llm: LLM, requests: list[tuple[list[int], Any]], aborts: set[int], exact: bool) -> None:

@@ -6,12 +6,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import torch
 import vllm
 from packaging.version import Version
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpolicy.adapters.vllm.plugin import TESTED
+from tests.vllm.engine import answers, engine, params
 
 
 def test_version_is_one_of_those_tested() -> None:
@@ -23,23 +22,6 @@ def test_vllm_is_told_of_kvpolicy(group: str) -> None:
     assert "kvpolicy" in entry_points(group=group).names
 
 
-def test_vllm_generates_where_no_policy_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,  # of 32: the kernels for the CPU have no smaller ones
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,  # never ends of itself
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-
-    engine = vllm.LLM(str(tmp_path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True)
-    prompt = vllm.TokensPrompt(prompt_token_ids=[1, 2, 3, 4, 5])
-    (request,) = engine.generate([prompt], vllm.SamplingParams(temperature=0, max_tokens=4, detokenize=False))
-    assert len(request.outputs[0].token_ids) == 4
+def test_vllm_generates_where_no_policy_is_asked_for(folder: Path) -> None:
+    (answer,) = answers(engine(folder), [[1, 2, 3, 4, 5]], params(4))
+    assert len(answer) == 4

@@ -21,42 +21,15 @@ from transformers import (
 
 from kvpolicy.adapters.vllm.refusals import insist_on_engine, insist_on_layer, insist_on_some
 from kvpolicy.errors import UnsupportedError
+from tests.vllm.engine import stand_in
 from tests.vllm.runner import run
 
 pytestmark = pytest.mark.vllm
 
 
-def engine(**changes: Any) -> Any:
-    """Return as much of a VllmConfig as is looked at; ``cache__cache_dtype`` is ``cache_config.cache_dtype``."""
-    found = SimpleNamespace(
-        cache_config=SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=False, kv_offloading_size=None),
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1,
-            prefill_context_parallel_size=1,
-            pipeline_parallel_size=1,
-            tensor_parallel_size=2,
-            use_ubatching=False,
-        ),
-        model_config=SimpleNamespace(
-            use_mla=False,
-            runner_type="generate",
-            is_encoder_decoder=False,
-            enable_prompt_embeds=False,
-            is_mm_prefix_lm=False,
-        ),
-        attention_config=SimpleNamespace(hisparse_config=None),
-        speculative_config=None,
-        kv_transfer_config=None,
-    )
-    for name, value in changes.items():
-        part, _, field = name.partition("__")
-        setattr(getattr(found, f"{part}_config") if field else found, field or part, value)
-    return found
-
-
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
 def test_engine_that_can(dtype: str) -> None:
-    insist_on_engine(engine(cache__cache_dtype=dtype))
+    insist_on_engine(stand_in(cache__cache_dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +44,8 @@ def test_engine_that_can(dtype: str) -> None:
         ({"parallel__prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"parallel__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel__use_ubatching": True}, "dual batch overlap"),
+        ({"parallel__tensor_parallel_size": 4}, "4 processes for 2 KV heads: .* --tensor-parallel-size 2, or less"),
+        ({"parallel__data_parallel_size": 2, "model__is_moe": True}, "data parallelism of a mixture of experts"),
         ({"model__runner_type": "pooling"}, "a pooling model"),
         ({"model__is_encoder_decoder": True}, "an encoder-decoder"),
         ({"model__enable_prompt_embeds": True}, "prompt embeddings"),
@@ -82,7 +57,7 @@ def test_engine_that_can(dtype: str) -> None:
 )
 def test_engine_that_cannot(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        insist_on_engine(engine(**changes))
+        insist_on_engine(stand_in(**changes))
 
 
 def layer(**changes: Any) -> tuple[Any, Any]:

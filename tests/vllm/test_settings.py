@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,24 +13,10 @@ from vllm.exceptions import VLLMValidationError
 
 from kvpolicy import BindError, KVPolicyError, UnsupportedError
 from kvpolicy.adapters.vllm import Config, Settings
-from tests.vllm.engine import answers, engine, params, tiny_llama
+from tests.vllm.engine import answers, engine, params
 
 POLICY = "vase(64, interval=32, recent=16)"
 PROMPTS = [[(i * k) % 512 for i in range(n)] for k, n in ((3, 50), (5, 300), (7, 120))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_llama(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +27,11 @@ def llm(folder: Path) -> LLM:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> LLM:
     return engine(folder)
+
+
+@pytest.fixture(scope="module")
+def roomy(folder: Path) -> LLM:
+    return engine(folder, {"policy": "vase(1024)"})
 
 
 def asked(given: Any, **more: Any) -> Any:
@@ -178,6 +168,10 @@ def test_requests_of_a_batch_have_their_own(llm: LLM) -> None:
     assert together == alone
     plainly = answers(llm, PROMPTS, params(130))
     assert all(one != other for one, other in zip(together, plainly, strict=True))
+
+
+def test_a_budget_beyond_the_text_changes_nothing(roomy: LLM, plain: LLM) -> None:
+    assert answers(roomy, PROMPTS, params(130)) == answers(plain, PROMPTS, params(130))
 
 
 def test_a_seed_says_what_is_forgotten(llm: LLM) -> None:

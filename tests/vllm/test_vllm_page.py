@@ -12,8 +12,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.model]
 PAGE = ROOT / "docs/vllm.md"
 
 
-def test_blocks_that_need_vllm_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+def test_blocks_that_need_vllm_run(capsys: pytest.CaptureFixture[str]) -> None:
     model = default_folder()
     first, second = [block for block in blocks(PAGE, "python") if block.not_run is not None]
     assert 'LLM("Qwen/Qwen3-8B", ' in first.code

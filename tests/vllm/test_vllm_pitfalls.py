@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,25 +25,10 @@ from tests.vllm.engine import (
     prompt_of,
     reference,
     scheduler,
-    tiny_llama,
 )
 
 POLICY = "vase(64, interval=32, recent=16)"
 PROMPT = [(7 * i) % 512 for i in range(300)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_llama(folder)
-    return folder
 
 
 def gemma(folder: Path, *kinds: str) -> Gemma3ForCausalLM:

@@ -11,54 +11,26 @@ import pytest
 import torch
 import vllm
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from kvpolicy import UnsupportedError
 from kvpolicy.adapters.vllm import account, board, evictor, selftest
 from kvpolicy.adapters.vllm.buffers import Buffers
 from kvpolicy.adapters.vllm.memory import Pages
-from kvpolicy.adapters.vllm.requests import Request, RequestTable
+from kvpolicy.adapters.vllm.progress import Request
+from kvpolicy.adapters.vllm.requests import RequestTable
+from tests.vllm.engine import answers, engine, params, stand_in
 
 CPU = torch.device("cpu")
 POLICY = "vase(64, interval=32, recent=16)"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def started(folder: Path, dtype: str = "float32") -> vllm.LLM:
+    return engine(folder, {"policy": POLICY}, dtype=dtype)
 
 
-def started(model: Path, dtype: str = "float32") -> vllm.LLM:
-    return vllm.LLM(
-        str(model), skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, max_model_len=1024, block_size=32,
-        max_num_seqs=4, additional_config={"kvpolicy": {"policy": POLICY}},
-    )  # fmt: skip
-
-
-def answer(engine: vllm.LLM, prompt: int = 100, output: int = 100) -> list[int]:
-    params = vllm.SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
-    tokens = vllm.TokensPrompt(prompt_token_ids=[(7 * i) % 128 for i in range(prompt)])
-    return list(engine.generate([tokens], params, use_tqdm=False)[0].outputs[0].token_ids)
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+def answer(llm: vllm.LLM, prompt: int = 100, output: int = 100) -> list[int]:
+    return answers(llm, [[(7 * i) % 512 for i in range(prompt)]], params(output))[0]
 
 
 # Pages
@@ -139,13 +111,10 @@ def test_slots_are_found_in_the_blocks_of_a_row() -> None:
 
 def config_of(**additional: Any) -> Any:
     """Return what a table reads of vLLM's configuration."""
-    model = SimpleNamespace(use_mla=False, runner_type="generate", is_encoder_decoder=False)
-    parallel = SimpleNamespace(decode_context_parallel_size=1, pipeline_parallel_size=1, data_parallel_rank=0, rank=0)
-    return SimpleNamespace(
-        additional_config=additional, instance_id="here", model_config=model, parallel_config=parallel,
-        cache_config=SimpleNamespace(cache_dtype="auto"), speculative_config=None, kv_transfer_config=None,
-        scheduler_config=SimpleNamespace(max_num_seqs=2), use_v2_model_runner=False,
-    )  # fmt: skip
+    found = stand_in(additional_config=additional, instance_id="here", use_v2_model_runner=False)
+    found.scheduler_config = SimpleNamespace(max_num_seqs=2)
+    found.parallel_config.data_parallel_rank = found.parallel_config.rank = 0
+    return found
 
 
 @pytest.fixture
@@ -241,7 +210,7 @@ def test_a_table_of_an_engine_without_eviction_does_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_every_start_is_compared_with_the_full_cache(model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_start_is_compared_with_the_full_cache(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[float, float]] = []
     original = selftest._difference
 
@@ -250,13 +219,13 @@ def test_every_start_is_compared_with_the_full_cache(model: Path, dtype: str, mo
         return found[-1]
 
     monkeypatch.setattr(selftest, "_difference", kept)
-    answer(started(model, dtype), output=2)
+    answer(started(folder, dtype), output=2)
     ((error, size),) = found
     assert 0 <= error <= {"float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}[dtype] * size
     assert size > 0.1
 
 
-def test_an_engine_whose_pages_lie_otherwise_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_whose_pages_lie_otherwise_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Pages.open
 
     def shifted(self: Pages, at: slice, table: Tensor, *rest: Any) -> Any:
@@ -268,19 +237,19 @@ def test_an_engine_whose_pages_lie_otherwise_is_refused(model: Path, monkeypatch
 
     monkeypatch.setattr(Pages, "open", shifted)
     with pytest.raises(UnsupportedError, match="differs from the full cache"):
-        answer(started(model), output=2)
+        answer(started(folder), output=2)
 
 
-def test_an_engine_that_writes_elsewhere_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_writes_elsewhere_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Buffers, "map_slots", lambda *_: None)
     with pytest.raises(UnsupportedError, match="has not written a token into the slot"):
-        answer(started(model))
+        answer(started(folder))
 
 
 @pytest.fixture
-def counted(model: Path) -> dict[str, float]:
+def counted(folder: Path) -> dict[str, float]:
     names = set(board.counted())
-    answer(started(model), prompt=150, output=200)
+    answer(started(folder), prompt=150, output=200)
     return board.counted()[(set(board.counted()) - names).pop()]
 
 
