@@ -1,0 +1,67 @@
+"""What one problem under one policy came to: :class:`Record`, a line of a result file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Cell", "Record"]
+
+FULL = "full"  #: stands in the place of a policy where nothing is evicted
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """Name everything that the problems of one cell of the table share.
+
+    Attributes:
+        model: as the user calls it.
+        weights: a fingerprint of configuration and weights.
+        engine: ``"transformers"`` or ``"vllm"``.
+        dtype: ``"bfloat16"``, ...
+        task: its text, such as ``"gsm8k"``.
+        policy: the text of the policy, with every parameter that is not a default; or ``"full"``.
+        label: the template that the policy was made of, such as ``"vase(b)"``; what a table shows.
+        budget: slots per KV head that the template was given; 0 for the full cache.
+        seed: of the sampling and of the policy's noise.
+        temperature: 0 takes the likeliest token.
+    """
+
+    model: str
+    weights: str
+    engine: str
+    dtype: str
+    task: str
+    policy: str
+    label: str
+    budget: int
+    seed: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """Hold one finished problem.
+
+    Attributes:
+        cell: what it shares with others.
+        problem: its id.
+        score: 0 to 1, the share of right parts; of a text, the mean KL from the full cache in nats.
+        details: of an answer: ``output``, ``parts`` (bools), ``prompt_tokens``, ``tokens``, ``finish``
+            (``"stop"`` or ``"length"``), ``loop`` (the phrase detector), ``loop_zip`` (by compression
+            ratio), ``compression`` (mean over generated tokens of slots used / tokens seen),
+            ``peak_nbytes`` (keys, values and all else that the cache held, of this request),
+            ``evictions``, ``seconds`` (of its batch, divided by its rows), ``batch`` (its number in the
+            cell). Of a text: ``kl``, ``agreement``, ``log_prob``, ``full_log_prob`` (means over
+            positions), ``by_position`` (lists of the same, by blocks), ``mass_lost`` and
+            ``output_error`` (a list over layers), ``survival`` (share of tokens older than the budget
+            that a head still holds), ``survival_union`` (that some head holds), and the same
+            ``compression``, ``peak_nbytes``, ``seconds``, ``batch``.
+        versions: of kvpolicy, torch and the engine.
+    """
+
+    cell: Cell
+    problem: str
+    score: float
+    details: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
