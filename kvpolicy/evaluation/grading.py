@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import threading
 from collections.abc import Sequence
-from typing import Any
 
+from kvpolicy.evaluation.comparing import same_value
 from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.problem import Answers, Problem
 
 __all__ = ["answer_of", "boxes", "grade"]
 
-SECONDS = 5  # for reading or comparing one answer
 LONGEST = 400  # characters of an answer that is still compared as mathematics
 
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 HEADING = re.compile(r"^[^\w\n]*problem[ \t]*#?(\d+)\b", re.IGNORECASE | re.MULTILINE)
+#: A number with a unit in plain letters, such as ``18 dollars``; not ``3 million`` or ``2 pi``.
+QUANTITY = re.compile(
+    rf"(?:\\?\$)?\s*({NUMBER.pattern})\s+"
+    r"(?!hundred|thousand|million|billion|dozen|percent)[A-Za-z]{3,}(?: [A-Za-z]+)*\.?"
+)
 LETTER = re.compile(r"(?<![\w'])([A-J])(?![\w'])")
 
 
@@ -38,9 +42,9 @@ def grade(problem: Problem, output: str) -> Answers:
         return tuple(_contains(said, answer) for answer in problem.answers)
     if problem.grader == "choice":
         return tuple(_choice(output) == _choice(answer) != "" for answer in problem.answers)
-    same = _Comparison()
+    _need_math_verify()  # whatever the answers: a run does not find out late
     found = [answer_of(output)] if len(problem.answers) == 1 else _parts(output, len(problem.answers))
-    return tuple(same(answer, one) for answer, one in zip(problem.answers, found, strict=True))
+    return tuple(_same(answer, one) for answer, one in zip(problem.answers, found, strict=True))
 
 
 def answer_of(output: str) -> str:
@@ -100,30 +104,26 @@ def _choice(output: str) -> str:
     return letters[-1] if letters else ""
 
 
-class _Comparison:
-    """Compare answers by math-verify, whose timeouts are signals: off the main thread there are none."""
-
-    def __init__(self) -> None:
-        try:
-            import math_verify
-        except ImportError as error:
-            raise EvaluationError(
-                "comparing mathematical answers needs math-verify, which is not installed: pip install 'kvpolicy[eval]'"
-            ) from error
-        self.library: Any = math_verify
-        self.seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
-
-    def __call__(self, gold: str, answer: str) -> bool:
-        if not answer or len(answer) > LONGEST:
-            return False
-        if _plain(gold) == _plain(answer):
-            return True
-        golds, answers = self.read(gold), self.read(answer)
-        return bool(self.library.verify(golds, answers, timeout_seconds=self.seconds))
-
-    def read(self, answer: str) -> Any:
-        return self.library.parse(f"\\boxed{{{answer}}}", parsing_timeout=self.seconds)
+def _same(gold: str, answer: str) -> bool:
+    if not answer or len(answer) > LONGEST:
+        return False
+    if _plain(gold) == _plain(answer):
+        return True
+    if NUMBER.fullmatch(gold) and (quantity := QUANTITY.fullmatch(answer)):
+        answer = quantity[1]
+    try:
+        return same_value(gold, answer)
+    except RuntimeError as error:
+        raise EvaluationError(f"comparing {answer!r} with {gold!r} failed in a process: {error}") from error
 
 
 def _plain(answer: str) -> str:
+    """Return an answer without what LaTeX does not show, or shows as space."""
     return re.sub(r"\s|\\[,;:! ]", "", answer)
+
+
+def _need_math_verify() -> None:
+    if importlib.util.find_spec("math_verify") is None:
+        raise EvaluationError(
+            "comparing mathematical answers needs math-verify, which is not installed: pip install 'kvpolicy[eval]'"
+        )

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from kvpolicy.evaluation.problem import Task
 from kvpolicy.evaluation.tasks.reading import parse_with, with_entry_points
-from kvpolicy.evaluation.tasks.recall import passcode
+from kvpolicy.evaluation.tasks.recall import needles, passcode, turns
 from kvpolicy.evaluation.tasks.sets import aime24, aime25, gsm8k, math500, svamp
 from kvpolicy.evaluation.tasks.texts import file, shakespeare, wikitext, worked
 from kvpolicy.evaluation.tasks.together import many
+from kvpolicy.evaluation.tasks.tracking import variables, words
 
 __all__ = [
     "BUILT_IN",
@@ -19,20 +20,25 @@ __all__ = [
     "gsm8k",
     "many",
     "math500",
+    "needles",
     "parse",
     "passcode",
     "shakespeare",
     "svamp",
     "tasks",
+    "turns",
+    "variables",
     "wikitext",
+    "words",
     "worked",
 ]
 
+SETS = (gsm8k, math500, aime24, aime25, svamp, many)
+RECALL = (passcode, needles, turns, variables, words)
+TEXTS = (wikitext, shakespeare, worked, file)
+
 #: What comes with kvpolicy; ``pyproject.toml`` declares the same in the entry points ``kvpolicy.tasks``.
-BUILT_IN: dict[str, Callable[..., Task]] = {
-    task.__name__: task
-    for task in (gsm8k, math500, aime24, aime25, svamp, many, passcode, wikitext, shakespeare, worked, file)
-}
+BUILT_IN: dict[str, Callable[..., Task]] = {task.__name__: task for task in (*SETS, *RECALL, *TEXTS)}
 
 
 def tasks() -> list[str]:

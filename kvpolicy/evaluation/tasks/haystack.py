@@ -7,7 +7,8 @@ from random import Random
 
 __all__ = ["NOUNS", "TOKENS_A_WORD", "hide", "names", "passcode", "sentences"]
 
-TOKENS_A_WORD = 1.3  #: roughly, of English prose under today's tokenisers; punctuation included
+#: Roughly, of these sentences, punctuation included: 1.13 by Qwen2.5's tokeniser, 1.11 by SmolLM2's.
+TOKENS_A_WORD = 1.15
 
 
 def _split(text: str, by: str | None = None) -> list[str]:
@@ -47,7 +48,7 @@ LAST = _split(
 
 
 def sentences(random: Random, length: int) -> list[str]:
-    """Return sentences of about ``length`` tokens together, at 1.3 tokens a word; at least one."""
+    """Return sentences of about ``length`` tokens together, at 1.15 tokens a word; at least one."""
     made: list[str] = []
     words = 0
     while words * TOKENS_A_WORD < length or not made:
@@ -60,7 +61,7 @@ def sentences(random: Random, length: int) -> list[str]:
 
 
 def names(random: Random, count: int) -> list[str]:
-    """Return ``count`` different names of people, at most 400."""
+    """Return ``count`` different names of people, of the 400 that there are."""
     every = [f"{first} {last}" for first in FIRST for last in LAST]
     return random.sample(every, count)
 
@@ -77,7 +78,6 @@ def hide(hay: Sequence[str], facts: Sequence[tuple[float, str]]) -> list[str]:
     ['a', 'fact', 'b']
     """
     made = list(hay)
-    places = [(round(depth * len(hay)), fact) for depth, fact in facts]
-    for place, fact in sorted(places, key=lambda one: one[0], reverse=True):  # later ones first: places stay right
-        made.insert(place, fact)
+    for depth, fact in sorted(facts, key=lambda one: one[0])[::-1]:  # the last one first: places stay right
+        made.insert(round(depth * len(hay)), fact)
     return made

@@ -74,6 +74,8 @@ def _value(node: ast.expr, known: Mapping[str, Callable[[], Make]], source: str)
             return value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
+        case ast.Name(id=word) if word not in known:
+            raise EvaluationError(f"{word} in {source[:80]!r} is no task{nearest(word, known)}; a word is {word!r}")
         case ast.Name() | ast.Call():
             return _task(node, known, source)
         case _:
@@ -82,10 +84,7 @@ def _value(node: ast.expr, known: Mapping[str, Callable[[], Make]], source: str)
 
 def _call(name: str, args: list[Any], named: dict[str, Any], known: Mapping[str, Callable[[], Make]]) -> Task:
     if name not in known:
-        raise EvaluationError(
-            f"the task {name!r} is not known{nearest(name, known)}; there are {', '.join(known)} (and words need "
-            f"quotes: {name!r})"
-        )
+        raise EvaluationError(f"the task {name!r} is not known{nearest(name, known)}; there are {', '.join(known)}")
     make = known[name]()
     signature = inspect.signature(make)
     for word in named:
