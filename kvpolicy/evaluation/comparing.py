@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 import threading
+from typing import Any
 
 __all__ = ["same_value"]
 
@@ -23,10 +25,9 @@ def same_value(gold: str, answer: str) -> bool:
         ImportError: math-verify is not installed.
         RuntimeError: the process failed.
     """
-    import math_verify
-
     if threading.current_thread() is not threading.main_thread():
         return _in_process(gold, answer)
+    math_verify: Any = importlib.import_module("math_verify")  # untyped
     golds, answers = (
         math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=SECONDS)  # one at a time: each has its limit
         for text in (gold, answer)

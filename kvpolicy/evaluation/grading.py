@@ -14,7 +14,8 @@ __all__ = ["answer_of", "boxes", "grade"]
 
 LONGEST = 400  # characters of an answer that is still compared as mathematics
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+#: A minus behind a digit, a letter or a bracket subtracts.
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 HEADING = re.compile(r"^[^\w\n]*problem[ \t]*#?(\d+)\b", re.IGNORECASE | re.MULTILINE)
 #: A number with a unit in plain letters, such as ``18 dollars``; not ``3 million`` or ``2 pi``.
 QUANTITY = re.compile(

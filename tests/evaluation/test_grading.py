@@ -33,6 +33,9 @@ def problem(*answers: str, grader: Grader = "math", behind: str = "") -> Problem
         (r"\boxed{} or 4", "4"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         ("16 - 3 = -13 of 1,234.50.", "1,234.50"),
+        ("so 16-13", "13"),
+        ("it is -13.", "-13"),
+        ("half is .5", ".5"),
         ("nothing", ""),
     ],
 )
