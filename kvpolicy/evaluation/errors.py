@@ -1,4 +1,4 @@
-"""What goes wrong in an evaluation, beside what goes wrong in a policy."""
+"""Errors of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ __all__ = ["DataError", "EvaluationError"]
 
 
 class DataError(KVPolicyError):
-    """Report problems or results that cannot be read."""
+    """Report a data set that is not there, or a file of one that cannot be read."""
 
 
 class EvaluationError(KVPolicyError):
-    """Report an evaluation that cannot be done."""
+    """Report a task, or a grading, that cannot be done as it is asked for."""
