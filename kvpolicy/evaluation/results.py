@@ -126,12 +126,11 @@ def encode(record: Record) -> bytes:
         RunError: JSON has no such value, or a field is of another type than it should be.
     """
     try:
-        body = json.dumps(to_dict(record), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        line = HEAD + f"{SCHEMA},{body[1:]}\n".encode()
-        decode(line)
+        fields = to_dict(record_from_dict(to_dict(record)))  # refuses other types, makes 1 a 1.0
+        body = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RunError(f"problem {record.problem!r} of {_name(record.cell)} cannot be written: {error}") from error
-    return line
+    return HEAD + f"{SCHEMA},{body[1:]}\n".encode()
 
 
 def decode(line: bytes) -> Record:
