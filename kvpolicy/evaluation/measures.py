@@ -26,6 +26,7 @@ class Row:
         score: the mean score.
         difference: of the score from the baseline's, paired over problems; None for the baseline
             itself and where fewer than two problems are shared.
+        baseline: its label.
         compression: mean share of the tokens seen that are held.
         peak_nbytes: the largest of any request.
         tokens: mean number generated.
@@ -40,6 +41,7 @@ class Row:
     runs: int
     score: Interval
     difference: Interval | None
+    baseline: str
     compression: float | None
     peak_nbytes: int | None
     tokens: float | None
@@ -59,6 +61,7 @@ class TextRow:
         runs: records.
         kl: mean divergence from the full cache, in nats a token.
         difference: of that from the baseline's, paired over texts; None as in :class:`Row`.
+        baseline: its label, empty where there is none.
         agreement: share of positions where both caches have the same likeliest token.
         loss: mean log-likelihood lost against the full cache, in nats a token.
         mass_lost: attention on evicted tokens, mean over layers.
@@ -74,6 +77,7 @@ class TextRow:
     runs: int
     kl: Interval
     difference: Interval | None
+    baseline: str
     agreement: float | None
     loss: Interval | None
     mass_lost: float | None
@@ -113,6 +117,7 @@ def rows(records: Iterable[Record], baseline: str = FULL) -> list[Row]:
             runs=len(members),
             score=score_interval(list(_scores(members).values())),
             difference=_difference(cell, groups, baseline),
+            baseline=baseline,
             compression=_mean(members, "compression"),
             peak_nbytes=_largest(members, "peak_nbytes"),
             tokens=_mean(members, "tokens"),
@@ -143,6 +148,7 @@ def text_rows(records: Iterable[Record], baseline: str | None = None) -> list[Te
             runs=len(members),
             kl=mean_interval(list(_scores(members).values())),
             difference=_difference(cell, groups, baseline),
+            baseline=baseline,
             agreement=_mean(members, "agreement"),
             loss=_loss(members),
             mass_lost=_mean(members, "mass_lost"),

@@ -163,7 +163,7 @@ def record_from_dict(fields: dict[str, Any]) -> Record:
     checked = _checked(fields, kinds)
     if not math.isfinite(checked["score"]):
         raise ValueError(f"its score is {checked['score']}, which is not finite")
-    return Record(**(checked | {"cell": cell_from_dict(checked["cell"])}))
+    return Record(cell_from_dict(checked.pop("cell")), **checked)
 
 
 def cell_from_dict(fields: dict[str, Any]) -> Cell:

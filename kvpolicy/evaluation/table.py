@@ -12,7 +12,7 @@ from kvpolicy.evaluation.measures import Row, TextRow, rows, text_rows
 from kvpolicy.evaluation.record import Cell
 from kvpolicy.evaluation.statistics import Interval
 
-__all__ = ["Row", "TextRow", "footer", "markdown", "rich_table", "rows", "text_rows"]
+__all__ = ["Row", "TextRow", "footer", "grid", "markdown", "rich_table", "rows", "setting", "text_rows"]
 
 BLANK = "–"
 
@@ -31,24 +31,42 @@ def rich_table(found: Sequence[Row] | Sequence[TextRow], title: str) -> Table:
 def markdown(found: Sequence[Row] | Sequence[TextRow]) -> str:
     """Return rows as a table in Markdown, a newline at its end."""
     names, lines = _layout(found)
-    rule = ["---" if name in LEFT else "--:" for name in names]
-    return "".join(
-        f"| {' | '.join(cells)} |\n" for cells in (names, rule, *(map(_in_markdown, line) for line in lines))
-    )
+    return grid(names, lines, [name in LEFT for name in names])
+
+
+def grid(names: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
+    """Return a table in Markdown, a newline at its end.
+
+    Args:
+        names: of the columns.
+        lines: a text for each column.
+        left: whether a column is flush left.
+    """
+    rule = ["---" if is_left else "--:" for is_left in left]
+    escaped = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in (names, *lines)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (escaped[0], rule, *escaped[1:]))
 
 
 def footer(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
     """Return what a reader must know of a table, a line each."""
     sizes = sorted({row.n for row in found}) or [0]
     n = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    return [
+    bootstrap = "the percentile bootstrap (10,000 resamples)"
+    is_texts = bool(found) and isinstance(found[0], TextRow)
+    method = bootstrap if is_texts else f"Wilson's where all scores are 0 or 1, or all equal, else {bootstrap}"
+    lines = [
         "budget: slots kept per KV head after an eviction, the last `recent` tokens and guards among them; "
         "between evictions up to `interval` more.",
-        f"[low, high]: 95 % over problems, n = {n}, the seeds of a problem averaged: Wilson's where all score 0 or "
-        "1, else the percentile bootstrap (10,000 resamples); differences are paired over the problems that both have.",
-        "*: the interval of a difference does not hold 0 (and six problems differ at least). Rows are many: "
-        "of twenty that do not differ, one has a star.",
+        "held: slots used / tokens seen, mean over tokens.",
+        f"[low, high]: 95 % over problems, n = {n}, the seeds of a problem averaged: {method}.",
     ]
+    if any(row.difference for row in found):
+        lines += [
+            f"difference: from {found[0].baseline}, paired over the problems that both have; "
+            f"{bootstrap}, made to reach 0 where fewer than six problems differ.",
+            "*: the interval of the difference does not hold 0. Of twenty rows that do not differ, one has a star.",
+        ]
+    return lines
 
 
 Column = tuple[str, Callable[[Any], str]]
@@ -58,19 +76,16 @@ LEFT = ("model", "task", "policy", "setting")  # texts; numbers are flush right
 def _layout(found: Sequence[Row] | Sequence[TextRow]) -> tuple[list[str], list[list[str]]]:
     """Return the names of the columns and the cells of each row; a column that is blank throughout is left out."""
     columns = [*WHO, *(TEXTS if found and isinstance(found[0], TextRow) else ANSWERS)]
-    if len({_shown_setting(row.cell) for row in found}) < 2:
+    if len({setting(row.cell) for row in found}) < 2:
         columns = [column for column in columns if column[0] != "setting"]
     whole = [(name, [show(row) for row in found]) for name, show in columns]
     kept = [(name, cells) for name, cells in whole if not found or any(cell != BLANK for cell in cells)]
     return [name for name, _ in kept], [list(line) for line in zip(*(cells for _, cells in kept), strict=True)]
 
 
-def _shown_setting(cell: Cell) -> str:
+def setting(cell: Cell) -> str:
+    """Return what a cell shares with others beside model and task, in words."""
     return f"{cell.engine}, {cell.dtype}, temperature {cell.temperature:g}, weights {cell.weights[:8]}"
-
-
-def _in_markdown(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*")
 
 
 def _runs(row: Row | TextRow) -> str:
@@ -103,7 +118,7 @@ def _plain(value: float | None, digits: int) -> str:
 
 WHO: list[Column] = [
     ("model", lambda row: row.cell.model),
-    ("setting", lambda row: _shown_setting(row.cell)),
+    ("setting", lambda row: setting(row.cell)),
     ("task", lambda row: row.cell.task),
     ("policy", lambda row: row.cell.label),
     ("budget", lambda row: f"{row.cell.budget}" if row.cell.budget else BLANK),

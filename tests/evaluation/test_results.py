@@ -51,7 +51,7 @@ def test_what_is_appended_is_read_back_by_the_next_run(path: Path) -> None:
     assert read(path) == first + second + other
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     score=st.floats(0, 1),
     details=st.dictionaries(st.text(), JSON, max_size=4),
