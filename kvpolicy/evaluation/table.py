@@ -19,7 +19,7 @@ BLANK = "–"
 
 def rich_table(found: Sequence[Row] | Sequence[TextRow], title: str) -> Table:
     """Return rows as a table for the terminal."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
     names, lines = _layout(found)
     for name in names:
         table.add_column(name, overflow="fold", justify="left" if name in LEFT else "right")

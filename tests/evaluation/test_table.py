@@ -167,6 +167,7 @@ def test_what_an_engine_does_not_tell_is_left_out() -> None:
 def test_both_tables_have_the_same_cells() -> None:
     for found in (rows(answers(FULL, ONES) + answers(VASE, [0.0] * 8)), text_rows(texts(VASE, [0.1, 0.2]))):
         shown = printed(rich_table(found, "a [title]"))
+        assert "a [title]" in shown
         for line in cells(markdown(found)):
             for name, value in line.items():
                 assert name in shown
