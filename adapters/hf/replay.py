@@ -36,6 +36,8 @@ class Replay:
         kl: ``[requests, N]``, of the full cache's distribution from the policy's, in nats, or None.
         agreement: ``[requests, N]`` bool, whether both prefer the same token, or None.
         receipt: what the cache held at the end.
+        first_eviction: of each request, the tokens seen when something was evicted first; all of them if nothing was.
+        shares: of each request, slots used / tokens seen, a mean over the tokens behind the prompt.
         losses: what the attention of the last tokens lost in each layer, or None.
     """
 
@@ -45,6 +47,8 @@ class Replay:
     kl: Tensor | None
     agreement: Tensor | None
     receipt: Receipt
+    first_eviction: tuple[int, ...]
+    shares: tuple[float, ...]
     losses: Losses | None = None
 
 
@@ -108,6 +112,7 @@ def replays(
     probe: bool = False,
     columns: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
+    requests: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Replay]:
     """Feed a known text to a model under many policies side by side, each as :func:`replay` does.
@@ -126,6 +131,7 @@ def replays(
         columns: compare these columns of the text alone, ascending, all of them behind the prompt: most of the
             time goes into the vocabulary.
         seeds: of each request's randomness.
+        requests: names of the requests, integers that key randomness beside the seeds.
         progress: called with the columns done and all of them.
 
     Raises:
@@ -145,7 +151,14 @@ def replays(
         runs = [
             _Run(
                 stack.enter_context(
-                    EvictionCache(model, policy, max_new_tokens=behind, prompt_length=prompt_length, seeds=seeds)
+                    EvictionCache(
+                        model,
+                        policy,
+                        max_new_tokens=behind,
+                        prompt_length=prompt_length,
+                        seeds=seeds,
+                        requests=requests,
+                    )
                 )
             )
             for policy in policies
@@ -160,6 +173,7 @@ def replays(
                 if last and probe:
                     run.kept = run.cache.receipt()
                 run.take(_log_softmax(model, run.cache, tokens, mask, first, stop, targets), known, tokens[:, targets])
+                run.count(stop - first, in_prompt=first == 0)
             if progress is not None:
                 progress(stop, tokens.shape[1])
             begun, first = first, stop
@@ -183,6 +197,21 @@ class _Run:
     agreement: list[Tensor] = field(default_factory=list)
     kept: Receipt | None = None
     receipt: Receipt | None = None
+    first_eviction: list[int] = field(default_factory=list)
+    shares: list[list[float]] = field(default_factory=list)
+    slots: list[float] = field(default_factory=list)
+
+    def count(self, new: int, *, in_prompt: bool) -> None:
+        """Note what is held behind ``new`` more tokens, and which share of the tokens each of them found held."""
+        seen, evictions = self.cache.seen, self.cache.evictions
+        self.first_eviction = self.first_eviction or [0] * len(seen)
+        self.shares = self.shares or [[] for _ in seen]
+        for r, count in enumerate(seen):
+            if evictions[r] and not self.first_eviction[r]:
+                self.first_eviction[r] = count
+            if not in_prompt:
+                self.shares[r] += [(self.slots[r] + i) / (count - new + i) for i in range(1, new + 1)]
+        self.slots = self.cache.slots
 
     def take(self, found: Tensor, known: Tensor | None, targets: Tensor) -> None:
         """Compare two ``[requests, n, vocabulary]`` log-probabilities of ``[requests, n]`` tokens."""
@@ -206,6 +235,8 @@ class _Run:
             whole(self.kl),
             whole(self.agreement),
             self.receipt,
+            tuple(first or seen for first, seen in zip(self.first_eviction, self.receipt.seen, strict=True)),
+            tuple(sum(shares) / len(shares) if shares else 1.0 for shares in self.shares),
             lost,
         )
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli import generate, listing, showing
+from kvpolicy.cli import evaluate, generate, listing, showing
 from kvpolicy.cli.console import note
 from kvpolicy.cli.errors import exit_code, one_line
 from kvpolicy.errors import KVPolicyError
@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
 app.command("list")(listing.list_)
 app.command("show")(showing.show)
 

@@ -14,7 +14,7 @@ import torch
 from kvpolicy.cli.console import warn, working
 from kvpolicy.cli.errors import CommandError, RunError, one_line
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "load", "load_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,28 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Loaded:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
             raise CommandError(f"cannot load {name}: {one_line(error)}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model alone.
+
+    Args:
+        name: a folder, or a model's name on the hub.
+
+    Raises:
+        CommandError: there is no such model, or it has no tokenizer.
+        RunError: the hub cannot be reached.
+    """
+    from kvpolicy.cli.quiet import silent
+
+    source, options = _source(name)
+    try:
+        with silent():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+        raise CommandError(f"cannot load the tokenizer of {name}: {one_line(error)}") from error
 
 
 def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Loaded:

@@ -18,7 +18,7 @@ from kvpolicy.evaluation.generation import Finish, Generation
 from kvpolicy.evaluation.rendering import Asked
 from kvpolicy.policy import EvictionPolicy
 
-__all__ = ["Drawing", "TransformersEngine"]
+__all__ = ["Drawing", "TransformersEngine", "batches"]
 
 _AT_ONCE = 256  #: tokens fed at once to a full cache
 
@@ -38,6 +38,22 @@ class Drawing:
     seed: int = 0
 
 
+def batches(asked: Sequence[Asked], size: int) -> list[list[int]]:
+    """Return which problems are answered together, the longest first.
+
+    Rows are padded at their left; those that are fed in several pieces, or with text behind the
+    prompt, go together only where all pieces are equally long.
+    """
+    simple = [i for i, one in enumerate(asked) if len(one.pieces) == 1 and not one.behind]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i in sorted(set(range(len(asked))) - set(simple)):
+        groups.setdefault(asked[i].shape, []).append(i)
+    found: list[list[int]] = []
+    for group in (sorted(simple, key=lambda i: -asked[i].length), *groups.values()):
+        found += [group[at : at + size] for at in range(0, len(group), size)]
+    return sorted(found, key=lambda batch: -max(asked[i].length for i in batch))
+
+
 class TransformersEngine:
     """Answer batches of problems with a model of transformers, under a policy or with the full cache.
 
@@ -50,21 +66,6 @@ class TransformersEngine:
     def __init__(self, loaded: Loaded) -> None:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.ends = _ends(loaded)
-
-    def batches(self, asked: Sequence[Asked], size: int) -> list[list[int]]:
-        """Return which problems are answered together, the longest first.
-
-        Rows are padded at their left; those that are fed in several pieces, or with text behind the
-        prompt, go together only where all pieces are equally long.
-        """
-        simple = [i for i, one in enumerate(asked) if len(one.pieces) == 1 and not one.behind]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i in sorted(set(range(len(asked))) - set(simple)):
-            groups.setdefault(asked[i].shape, []).append(i)
-        found: list[list[int]] = []
-        for group in (sorted(simple, key=lambda i: -asked[i].length), *groups.values()):
-            found += [group[at : at + size] for at in range(0, len(group), size)]
-        return sorted(found, key=lambda batch: -max(asked[i].length for i in batch))
 
     @torch.inference_mode()
     def generate(

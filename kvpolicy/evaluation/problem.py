@@ -39,6 +39,8 @@ class Problem:
         grader: how a part is compared.
         behind: text that the model is made to have written already, as if it had decoded it token by
             token: evictions happen on it. Empty for most problems.
+        behind_tokens: only the last so many tokens of ``behind`` are fed, so that problems have one length and
+            go into one batch; 0 feeds all.
         turns: feed the conversation a turn at a time, through the same cache, rather than as one prompt.
     """
 
@@ -48,6 +50,7 @@ class Problem:
     max_new_tokens: int
     grader: Grader = "math"
     behind: str = ""
+    behind_tokens: int = 0
     turns: bool = False
 
 
@@ -57,11 +60,13 @@ class Text:
 
     Attributes:
         id: unique in its task.
-        text: longer than the task's ``length`` in tokens; it is cut there.
+        text: longer than ``length`` tokens; it is cut there.
+        length: tokens that are read.
     """
 
     id: str
     text: str
+    length: int
 
 
 @runtime_checkable

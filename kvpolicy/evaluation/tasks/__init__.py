@@ -8,7 +8,7 @@ from kvpolicy.evaluation.problem import Task
 from kvpolicy.evaluation.tasks.reading import parse_with, with_entry_points
 from kvpolicy.evaluation.tasks.recall import needles, passcode, turns
 from kvpolicy.evaluation.tasks.sets import aime24, aime25, gsm8k, math500, svamp
-from kvpolicy.evaluation.tasks.texts import file, shakespeare, wikitext, worked
+from kvpolicy.evaluation.tasks.texts import file, pydoc, shakespeare, wikitext, worked
 from kvpolicy.evaluation.tasks.together import many
 from kvpolicy.evaluation.tasks.tracking import variables, words
 
@@ -16,6 +16,7 @@ __all__ = [
     "BUILT_IN",
     "aime24",
     "aime25",
+    "described",
     "file",
     "gsm8k",
     "many",
@@ -23,6 +24,7 @@ __all__ = [
     "needles",
     "parse",
     "passcode",
+    "pydoc",
     "shakespeare",
     "svamp",
     "tasks",
@@ -35,7 +37,7 @@ __all__ = [
 
 SETS = (gsm8k, math500, aime24, aime25, svamp, many)
 RECALL = (passcode, needles, turns, variables, words)
-TEXTS = (wikitext, shakespeare, worked, file)
+TEXTS = (wikitext, shakespeare, worked, pydoc, file)
 
 #: What comes with kvpolicy; ``pyproject.toml`` declares the same in the entry points ``kvpolicy.tasks``.
 BUILT_IN: dict[str, Callable[..., Task]] = {task.__name__: task for task in (*SETS, *RECALL, *TEXTS)}
@@ -44,6 +46,11 @@ BUILT_IN: dict[str, Callable[..., Task]] = {task.__name__: task for task in (*SE
 def tasks() -> list[str]:
     """Return the names of all tasks, those of other installed packages among them."""
     return list(with_entry_points(BUILT_IN))
+
+
+def described() -> dict[str, str]:
+    """Return what each task does, a sentence each."""
+    return {name: (make.__doc__ or "").partition("\n")[0] for name, make in with_entry_points(BUILT_IN).items()}
 
 
 def parse(text: str) -> Task:

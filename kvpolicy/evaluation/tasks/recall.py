@@ -15,6 +15,7 @@ from kvpolicy.evaluation.tasks.named import Named
 __all__ = ["needles", "passcode", "turns"]
 
 FACT = "The passcode of {name} is {code}."
+QUESTION = 40  # tokens of fact and question, at most
 MOST_NAMES = len(haystack.FIRST) * len(haystack.LAST)
 REPLIES = ("That sounds like a busy day.", "How interesting.", "I see. Tell me more.", "What a lovely scene.")
 
@@ -28,7 +29,7 @@ class passcode(Named):
     digits.
 
     Args:
-        length: of the decoded text in tokens, roughly: 1.15 a word are assumed.
+        length: of the decoded text in tokens, the question among them.
         depth: where the fact stands, from 0 (first) to 1 (last); None spreads the problems evenly.
         digits: of the passcode.
         count: problems.
@@ -40,7 +41,7 @@ class passcode(Named):
     count: int = 24
 
     def __post_init__(self) -> None:
-        self.at_least(length=1, digits=1, count=1)
+        self.at_least(length=2 * QUESTION, digits=1, count=1)
         if self.depth is not None and (isinstance(self.depth, str) or not 0 <= self.depth <= 1):
             raise EvaluationError(f"passcode: depth={self.depth!r}, but it lies between 0 and 1, or is None")
 
@@ -53,8 +54,10 @@ class passcode(Named):
         (name,) = haystack.names(random, 1)
         code = haystack.passcode(random, self.digits)
         depth = (index + 0.5) / self.count if self.depth is None else self.depth
-        hay = haystack.sentences(random, self.length)
-        story = " ".join(haystack.hide(hay, [(depth, FACT.format(name=name, code=code))]))
+        # Tokenisers differ, and all problems get one length: what is too much is cut from the front.
+        before = haystack.sentences(random, self.length // 2 + 64)
+        hay = haystack.sentences(random, max(1, (self.length - QUESTION) * 5 // 6))
+        story = " ".join([*before, *haystack.hide(hay, [(depth, FACT.format(name=name, code=code))])])
         return Problem(
             id=f"passcode/{index}",
             messages=(
@@ -67,6 +70,7 @@ class passcode(Named):
             answers=(code,),
             max_new_tokens=self.digits + 11,  # a digit may be a token of its own
             grader="contains",
+            behind_tokens=self.length,
             behind=f"{story}\n\nQuestion: What is the passcode of {name}?\nAnswer: The passcode of {name} is",
         )
 

@@ -12,7 +12,7 @@ from kvpolicy.evaluation.problem import Text
 from kvpolicy.evaluation.tasks.named import Named
 from kvpolicy.evaluation.tasks.sets import worked_examples
 
-__all__ = ["CHARACTERS_A_TOKEN", "TextSet", "file", "pieces", "shakespeare", "wikitext", "worked"]
+__all__ = ["CHARACTERS_A_TOKEN", "TextSet", "file", "pieces", "pydoc", "shakespeare", "wikitext", "worked"]
 
 #: Above what any usual tokeniser reaches on prose, so that a piece is longer than asked for; who tokenises cuts.
 CHARACTERS_A_TOKEN = 6
@@ -48,7 +48,7 @@ class TextSet(Named):
                 f"{self!r} needs {self.length * CHARACTERS_A_TOKEN} characters for one text, and the file has fewer; "
                 "write a smaller length"
             )
-        return [Text(f"{type(self).__name__}/{index}", text) for index, text in enumerate(found)]
+        return [Text(f"{type(self).__name__}/{index}", text, self.length) for index, text in enumerate(found)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,6 +102,25 @@ class worked(TextSet):
     def units(self, data: Path | None) -> Sequence[str]:
         """Return the examples."""
         return [f"{example}\n\n" for example in worked_examples(data)]
+
+
+@dataclass(frozen=True, repr=False)
+class pydoc(TextSet):
+    """Read what Python's ``help()`` says of the language: a text that is there wherever Python is.
+
+    Args:
+        length: tokens of each text.
+        count: texts.
+    """
+
+    length: int = 1024
+    count: int = 32
+
+    def units(self, data: Path | None) -> Sequence[str]:
+        """Return the lines."""
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics[name] for name in sorted(topics)).splitlines(keepends=True)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,198 @@
+"""What is done at once, and who does it: a :class:`Job` goes to a :class:`Worker`, and records come back."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+
+from kvpolicy.cli.console import warn
+from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.evaluation import loops
+from kvpolicy.evaluation.generation import Generation
+from kvpolicy.evaluation.grading import grade
+from kvpolicy.evaluation.problem import Problem
+from kvpolicy.evaluation.record import FULL, Cell, Record
+from kvpolicy.evaluation.rendering import Asked
+from kvpolicy.policy import Policy
+
+__all__ = ["Answering", "Job", "Model", "Reading", "Worker"]
+
+Engine = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Name a model, and how it runs.
+
+    Attributes:
+        name: a folder, or a name on the hub.
+        dtype: ``"bfloat16"``, ...
+        device: ``"cpu"``, ``"cuda"``, ...
+        engine: what runs it.
+    """
+
+    name: str
+    dtype: str
+    device: str
+    engine: Engine = "transformers"
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Name some problems of one cell that are answered in one batch.
+
+    Attributes:
+        cell: whose they are.
+        number: of the batch in the cell.
+        problems: what is asked.
+        asked: the same in tokens.
+    """
+
+    cell: Cell
+    number: int
+    problems: tuple[Problem, ...]
+    asked: tuple[Asked, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Name some texts of one length that are read in one batch, under several policies side by side.
+
+    Attributes:
+        cells: those of the policies; they differ in nothing else.
+        number: of the batch.
+        ids: of the texts.
+        tokens: of each text.
+        prompt_length: tokens of the prompt.
+    """
+
+    cells: tuple[Cell, ...]
+    number: int
+    ids: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    prompt_length: int
+
+
+Job = Answering | Reading
+
+
+class Worker:
+    """Do jobs with one model; can be sent to another process before :meth:`setup`.
+
+    Args:
+        model: which, and how it runs.
+        policies: the texts of all policies that jobs may name.
+    """
+
+    def __init__(self, model: Model, policies: Sequence[str]) -> None:
+        self.model, self.policies = model, tuple(policies)
+        self._engine: Any = None
+
+    def setup(self) -> None:
+        """Load the model, and bind every policy to it once.
+
+        Raises:
+            CommandError: there is no such model.
+            BindError: a policy cannot run on it.
+        """
+        parsed = [Policy.parse(text) for text in self.policies if text != FULL]
+        if self.model.engine == "vllm":
+            from kvpolicy.evaluation.serving import VLLMEngine
+
+            self._engine = VLLMEngine(self.model.name, parsed, dtype=self.model.dtype)
+            return
+        from kvpolicy.adapters.hf import EvictionCache
+        from kvpolicy.cli.models import load
+        from kvpolicy.evaluation.answering import TransformersEngine
+
+        loaded = load(self.model.name, getattr(torch, self.model.dtype), torch.device(self.model.device))
+        for policy in parsed:
+            EvictionCache(loaded.model, policy, max_new_tokens=1).unbind()
+        self._engine = TransformersEngine(loaded)
+
+    def __call__(self, job: Job) -> list[Record]:
+        """Return the records of a job.
+
+        Raises:
+            RunError: the device has not enough memory, or a policy fails.
+        """
+        try:
+            return self._answer(job) if isinstance(job, Answering) else self._read(job)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise RunError(
+                f"{self.model.device} has not enough memory for {len(_rows(job))} rows at once: write a smaller --batch "
+                f"({one_line(error, 120)})"
+            ) from error
+
+    def _answer(self, job: Answering) -> list[Record]:
+        start = time.perf_counter()
+        found = self._generate(job)
+        seconds = (time.perf_counter() - start) / len(found)
+        return [
+            self._graded(job, problem, asked, one, seconds)
+            for problem, asked, one in zip(job.problems, job.asked, found, strict=True)
+        ]
+
+    def _generate(self, job: Answering) -> list[Generation]:
+        cell = job.cell
+        policy = None if cell.policy == FULL else Policy.parse(cell.policy)
+        if self.model.engine == "vllm":
+            return self._engine.generate(
+                [one.pieces[0] for one in job.asked],
+                policy,
+                max_new_tokens=max(one.max_new_tokens for one in job.asked),
+                temperature=cell.temperature,
+                top_p=cell.top_p,
+                seed=cell.seed,
+            )
+        from kvpolicy.evaluation.answering import Drawing
+
+        names = [zlib.crc32(problem.id.encode()) for problem in job.problems]
+        return self._engine.generate(job.asked, policy, Drawing(cell.temperature, cell.top_p, cell.seed), names)
+
+    def _graded(self, job: Answering, problem: Problem, asked: Asked, one: Generation, seconds: float) -> Record:
+        output = self._engine.tokenizer.decode(one.tokens, skip_special_tokens=True)
+        parts = grade(problem, output)
+        details = {
+            "output": output,
+            "parts": list(parts),
+            "prompt_tokens": asked.length,
+            "tokens": len(one.tokens),
+            "finish": one.finish,
+            "loop": loops.ending(output) in ("garbage", "phrase loop"),
+            "loop_zip": loops.is_repetitive(output),
+            "compression": one.compression,
+            "peak_nbytes": one.peak_nbytes,
+            "evictions": one.evictions,
+            "seconds": seconds,
+            "batch": job.number,
+        }
+        return Record(job.cell, problem.id, sum(parts) / len(parts), details, self._versions())
+
+    def _read(self, job: Reading) -> list[Record]:
+        from kvpolicy.evaluation.texts import read
+
+        start = time.perf_counter()
+        policies = [Policy.parse(cell.policy) for cell in job.cells]
+        names = [zlib.crc32(one.encode()) for one in job.ids]
+        found = read(self._engine.model, policies, job.tokens, job.prompt_length, job.cells[0].seed, names)
+        seconds = (time.perf_counter() - start) / (len(job.ids) * len(job.cells))
+        return [
+            Record(cell, one, details["kl"], {**details, "seconds": seconds, "batch": job.number}, self._versions())
+            for cell, texts in zip(job.cells, found, strict=True)
+            for one, details in zip(job.ids, texts, strict=True)
+        ]
+
+    def _versions(self) -> dict[str, str]:
+        engine = "transformers" if self.model.engine == "transformers" else self._engine.distribution
+        return {name: version(name) for name in ("kvpolicy", "torch", engine)}
+
+
+def _rows(job: Job) -> Sequence[object]:
+    return job.problems if isinstance(job, Answering) else job.ids
