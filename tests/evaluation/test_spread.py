@@ -101,7 +101,7 @@ def test_the_batch_of_a_worker_that_died_is_run_on_another(tmp_path: Path) -> No
 def test_a_batch_that_ends_three_workers_is_one_error_and_the_rest_is_kept(tmp_path: Path) -> None:
     results = spread(range(4), AlwaysDying(tmp_path), workers=1)
     assert [next(results) for _ in range(3)] == [(n, n**2) for n in range(3)]
-    with pytest.raises(RunError, match="batch 3 ended 3 workers.*the results of other batches are kept"):
+    with pytest.raises(RunError, match=r"batch 3 ended 3 workers.*the results of other batches are kept"):
         next(results)
 
 
