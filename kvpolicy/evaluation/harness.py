@@ -70,7 +70,6 @@ class _Noting(LogitsProcessor):
         return scores
 
 
-@register_model("kvpolicy")
 class PolicyLM(HFLM):
     """Answer and score what lm_eval asks, under a policy.
 
@@ -209,3 +208,6 @@ def _policy(text: str, interval: int | str | None, recent: int | str) -> Policy:
         number: Any = recent
         policy = dataclasses.replace(policy, recent=number)
     return policy
+
+
+register_model("kvpolicy")(PolicyLM)

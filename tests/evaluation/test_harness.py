@@ -19,6 +19,7 @@ from kvpolicy.evaluation.scoring import score
 from tests.models import default_folder, real, tiny, tokenizer
 
 VOCABULARY = 97
+MISSING = [name for name in ("datasets", "dill", "evaluate", "pytablewriter", "sqlitedict") if find_spec(name) is None]
 SMALL = "vase(24, interval=8, recent=8)"
 LARGE = "vase(4096)"
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm_eval: make test-harness")
@@ -169,6 +170,7 @@ def test_what_cannot_run_is_refused_before_a_task_is_loaded(
 
 
 @needs_lm_eval
+@pytest.mark.skipif(bool(MISSING), reason=f"tasks need {MISSING}: make test-harness LM_EVAL_DEPS=1")
 @pytest.mark.model
 def test_the_command_runs_a_task_and_the_results_tell_of_the_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
