@@ -157,6 +157,10 @@ class RaggedStore(Store):
         """Return False: heads may differ."""
         return False
 
+    def slots_of(self, request: int) -> float:
+        """Return the slots in use of one request: a sum over layers, of each a mean over heads."""
+        return float(self.held[:, request].double().mean(-1).sum())
+
     def lengths(self) -> Tensor:
         """Return the slots in use of each head, ``[layers * requests, H]`` int64 on the host."""
         return self.held.flatten(0, 1)

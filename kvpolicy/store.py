@@ -187,6 +187,10 @@ class Store:
 
     # What an eviction reads
 
+    def slots_of(self, request: int) -> float:
+        """Return the slots in use of one request: a sum over layers, of each a mean over heads."""
+        return float(len(self.layers) * self.rows[request].length)
+
     def lengths(self) -> Tensor:
         """Return the slots in use of each head, ``[layers * requests, H]`` int64 on the host."""
         return self._by_row([row.length for row in self.rows])

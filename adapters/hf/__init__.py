@@ -1,6 +1,7 @@
 """Hugging Face transformers: pass an ``EvictionCache`` as ``past_key_values``, or ``cache`` since 5.24."""
 
 from kvpolicy.adapters.hf.cache import EvictionCache
-from kvpolicy.adapters.hf.replay import Replay, replay
+from kvpolicy.adapters.hf.losses import Losses, survival
+from kvpolicy.adapters.hf.replay import Replay, replay, replays
 
-__all__ = ["EvictionCache", "Replay", "replay"]
+__all__ = ["EvictionCache", "Losses", "Replay", "replay", "replays", "survival"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kvpolicy.adapters import planning
-from kvpolicy.adapters.hf import binding, compat
+from kvpolicy.adapters.hf import binding, compat, others
 from kvpolicy.adapters.hf.arguments import tokens_of
 from kvpolicy.adapters.hf.attention import AttentionFunction, by_head, one_token, several_tokens, turn
 from kvpolicy.adapters.hf.group import Group
@@ -90,6 +90,23 @@ class Passes(Cache, binding.Evicting):
         """Return the evictions of each request, of the layer that had most; empty before the first forward pass."""
         stores = [group.store for group in self.groups if group.store is not None]
         return [max(row.evictions for row in layers) for layers in zip(*(store.rows for store in stores), strict=True)]
+
+    @property
+    def slots(self) -> list[float]:
+        """Return the slots in use of each request, a mean over KV heads and layers; empty before the first pass."""
+        stores = [group.store for group in self.groups if group.store is not None]
+        if not stores:
+            return []
+        return [
+            sum(store.slots_of(r) for store in stores) / sum(len(store.layers) for store in stores)
+            for r in range(self.num_requests)
+        ]
+
+    def nbytes(self) -> int:
+        """Return the bytes that all layers hold, and those that the largest turn so far held besides."""
+        stores = sum(group.store.nbytes() for group in self.groups if group.store is not None)
+        turns = max((group.turn_nbytes for group in self.groups), default=0)
+        return stores + turns + sum(map(others.nbytes, self._others()))
 
     def until_eviction(self) -> int:
         """Return how many tokens can be decoded before an eviction is due in some row."""

@@ -1,9 +1,10 @@
-"""What a model says of a known text under a policy: :func:`replay`."""
+"""What a model says of a known text under a policy: :func:`replay`, and :func:`replays` for many policies at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,36 +14,40 @@ from transformers.cache_utils import DynamicCache
 
 from kvpolicy import _check
 from kvpolicy.adapters.hf.cache import EvictionCache
+from kvpolicy.adapters.hf.losses import Losses, losses
 from kvpolicy.errors import UsageError
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.receipt import Receipt
 
-__all__ = ["Replay", "replay"]
+__all__ = ["Replay", "replay", "replays"]
 
 _UNLIMITED = 256  #: tokens at once where nothing is evicted behind the prompt
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """Hold what a model says of each token behind a prompt, ``N`` of them.
+    """Hold what a model says of the tokens behind a prompt, ``N`` of them.
 
     Attributes:
+        columns: ``[N]`` int64, which columns of the text these tokens are.
         log_probs: ``[requests, N]`` float32 (float64 of a float64 model), of the tokens of the text
             under the policy, in nats.
         full_log_probs: the same with the full cache, or None if it was not asked for.
         kl: ``[requests, N]``, of the full cache's distribution from the policy's, in nats, or None.
         agreement: ``[requests, N]`` bool, whether both prefer the same token, or None.
         receipt: what the cache held at the end.
+        losses: what the attention of the last tokens lost in each layer, or None.
     """
 
+    columns: Tensor
     log_probs: Tensor
     full_log_probs: Tensor | None
     kl: Tensor | None
     agreement: Tensor | None
     receipt: Receipt
+    losses: Losses | None = None
 
 
-@torch.no_grad()
 def replay(
     model: PreTrainedModel,
     policy: EvictionPolicy | Sequence[EvictionPolicy],
@@ -78,6 +83,135 @@ def replay(
         found = replay(model, vase(256), tokens, prompt_length=512, full=True)
         print(found.log_probs.mean(), found.kl.mean(), found.agreement.float().mean())
     """
+    (found,) = replays(
+        model,
+        [policy],
+        tokens,
+        prompt_length,
+        attention_mask=attention_mask,
+        full=full,
+        seeds=seeds,
+        progress=progress,
+    )
+    return found
+
+
+@torch.no_grad()
+def replays(
+    model: PreTrainedModel,
+    policies: Sequence[EvictionPolicy | Sequence[EvictionPolicy]],
+    tokens: Tensor,
+    prompt_length: int,
+    *,
+    attention_mask: Tensor | None = None,
+    full: bool = True,
+    probe: bool = False,
+    columns: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Replay]:
+    """Feed a known text to a model under many policies side by side, each as :func:`replay` does.
+
+    The full cache is computed once for all of them. All are fed up to the first eviction that any
+    of them is due, so that policies with one interval go fastest together.
+
+    Args:
+        model: a decoder of transformers.
+        policies: what to keep, each one for all rows or one for each row.
+        tokens: ``[requests, columns]`` integers, left-padded.
+        prompt_length: columns of the prompt, pads among them.
+        attention_mask: ``[requests, columns]``, 0 where a pad stands, or None.
+        full: compare with the full cache, which must fit into memory.
+        probe: ask, too, what the attention of the last tokens lost; needs ``full``, and rows without pads.
+        columns: compare these columns of the text alone, ascending, all of them behind the prompt: most of the
+            time goes into the vocabulary.
+        seeds: of each request's randomness.
+        progress: called with the columns done and all of them.
+
+    Raises:
+        UsageError: there is no prompt, or nothing behind it, or ``probe`` is asked for where it cannot be had.
+
+    Example::
+
+        for found in replays(model, [vase(256), rkv(256)], tokens, prompt_length=512):
+            print(found.kl.mean(), found.receipt.policy)
+    """
+    mask = _checked(tokens, attention_mask, prompt_length)
+    compared = _compared(columns, prompt_length, tokens.shape[1])
+    if probe and not (full and bool(mask.all())):
+        raise UsageError("probe=True compares with the full cache, without pads: write full=True, and rows of one length")
+    behind = tokens.shape[1] - prompt_length
+    with ExitStack() as stack:
+        runs = [
+            _Run(
+                stack.enter_context(
+                    EvictionCache(model, policy, max_new_tokens=behind, prompt_length=prompt_length, seeds=seeds)
+                )
+            )
+            for policy in policies
+        ]
+        reference = DynamicCache(config=model.config) if full else None
+        first, stop = 0, prompt_length
+        while first < stop:
+            last = stop == tokens.shape[1] - 1
+            targets = compared[(first < compared) & (compared <= stop)]
+            known = None if reference is None else _log_softmax(model, reference, tokens, mask, first, stop, targets)
+            for run in runs:
+                if last and probe:
+                    run.kept = run.cache.receipt()
+                run.take(_log_softmax(model, run.cache, tokens, mask, first, stop, targets), known, tokens[:, targets])
+            if progress is not None:
+                progress(stop, tokens.shape[1])
+            begun, first = first, stop
+            stop = min(first + min(_UNLIMITED, *(run.cache.until_eviction() for run in runs)), tokens.shape[1] - 1)
+        for run in runs:
+            run.receipt = run.cache.receipt()
+    lost: list[Losses] | list[None] = [None] * len(runs)
+    if probe and reference is not None:
+        lost = losses(model, reference, tokens, begun, [run.kept for run in runs if run.kept is not None])
+    return [run.finished(compared, one) for run, one in zip(runs, lost, strict=True)]
+
+
+@dataclass
+class _Run:
+    """Hold what one policy has come to so far."""
+
+    cache: EvictionCache
+    log_probs: list[Tensor] = field(default_factory=list)
+    full_log_probs: list[Tensor] = field(default_factory=list)
+    kl: list[Tensor] = field(default_factory=list)
+    agreement: list[Tensor] = field(default_factory=list)
+    kept: Receipt | None = None
+    receipt: Receipt | None = None
+
+    def take(self, found: Tensor, known: Tensor | None, targets: Tensor) -> None:
+        """Compare two ``[requests, n, vocabulary]`` log-probabilities of ``[requests, n]`` tokens."""
+        self.log_probs.append(_of(found, targets))
+        if known is not None:
+            self.full_log_probs.append(_of(known, targets))
+            self.kl.append((known.exp() * (known - found)).sum(-1))
+            self.agreement.append(known.argmax(-1) == found.argmax(-1))
+
+    def finished(self, columns: Tensor, lost: Losses | None) -> Replay:
+        """Return all of it."""
+        assert self.receipt is not None
+
+        def whole(parts: list[Tensor]) -> Tensor | None:
+            return torch.cat(parts, 1) if parts else None
+
+        return Replay(
+            columns,
+            torch.cat(self.log_probs, 1),
+            whole(self.full_log_probs),
+            whole(self.kl),
+            whole(self.agreement),
+            self.receipt,
+            lost,
+        )
+
+
+def _checked(tokens: Tensor, attention_mask: Tensor | None, prompt_length: int) -> Tensor:
+    """Return the mask of ``[requests, columns]`` tokens, all of which can be fed."""
     _check.integer("replay", "prompt_length", prompt_length, 1)
     if not isinstance(tokens, Tensor) or tokens.is_floating_point():
         raise UsageError(f"tokens are a {type(tokens).__name__}: give a tensor of token ids, [requests, columns]")
@@ -91,56 +225,33 @@ def replay(
         raise UsageError(f"attention_mask is {tuple(mask.shape)}, and tokens are {tuple(tokens.shape)}")
     if not bool(mask[:, prompt_length - 1].all()):
         raise UsageError(f"some row has no token in the first {prompt_length} columns: its prompt begins later")
-    behind = tokens.shape[1] - prompt_length
-    log_probs: list[Tensor] = []
-    full_log_probs: list[Tensor] = []
-    kl: list[Tensor] = []
-    agreement: list[Tensor] = []
-    with EvictionCache(model, policy, max_new_tokens=behind, prompt_length=prompt_length, seeds=seeds) as cache:
-        reference = DynamicCache(config=model.config) if full else None
-        for first, stop in _chunks(cache, tokens.shape[1], prompt_length):
-            new = _logits(model, cache, tokens, mask, first, stop)
-            targets = tokens[:, max(first + 1, prompt_length) : stop + 1]
-            found = _log_softmax(new)
-            log_probs.append(_of(found, targets))
-            if reference is not None:
-                known = _log_softmax(_logits(model, reference, tokens, mask, first, stop))
-                full_log_probs.append(_of(known, targets))
-                kl.append((known.exp() * (known - found)).sum(-1))
-                agreement.append(known.argmax(-1) == found.argmax(-1))
-            if progress is not None:
-                progress(stop, tokens.shape[1])
-        receipt = cache.receipt()
-
-    def whole(parts: list[Tensor]) -> Tensor | None:
-        return torch.cat(parts, 1) if full else None
-
-    return Replay(torch.cat(log_probs, 1), whole(full_log_probs), whole(kl), whole(agreement), receipt)
+    return mask
 
 
-def _chunks(cache: EvictionCache, columns: int, prompt_length: int) -> Iterator[tuple[int, int]]:
-    """Yield which columns to feed next: the prompt, then up to each eviction. The last one predicts nothing."""
-    first, stop = 0, prompt_length
-    while first < stop:
-        yield first, stop
-        first = stop
-        stop = min(first + min(cache.until_eviction(), _UNLIMITED), columns - 1)
+def _compared(columns: Sequence[int] | None, prompt_length: int, stop: int) -> Tensor:
+    """Return the columns that are compared, ``[N]`` on the host."""
+    if columns is None:
+        return torch.arange(prompt_length, stop)
+    found = torch.as_tensor(columns, dtype=torch.int64)
+    if not (found.dim() == 1 and len(found) and bool((found.diff() > 0).all())) or not (
+        prompt_length <= int(found[0]) and int(found[-1]) < stop
+    ):
+        raise UsageError(f"columns={columns!r}: name columns from {prompt_length} to {stop - 1}, ascending")
+    return found
 
 
-def _logits(model: PreTrainedModel, cache: Any, tokens: Tensor, mask: Tensor, first: int, stop: int) -> Tensor:
-    """Return the logits of the new columns, of a prompt those of the last column alone."""
+def _log_softmax(
+    model: PreTrainedModel, cache: Any, tokens: Tensor, mask: Tensor, first: int, stop: int, targets: Tensor
+) -> Tensor:
+    """Feed the new columns, and return the log-probabilities of what stands in ``targets``."""
     positions = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, first:]
-    out = model(
+    logits = model(
         input_ids=tokens[:, first:stop],
         attention_mask=None if mask.all() else mask[:, :stop],
         position_ids=positions,
         past_key_values=cache,
-        logits_to_keep=1 if first == 0 else stop - first,
-    )
-    return out.logits
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
+        logits_to_keep=(targets - 1 - first).to(model.device),
+    ).logits
     return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -25,6 +25,7 @@ class Cell:
         budget: slots per KV head that the template was given; 0 for the full cache.
         seed: of the sampling and of the policy's noise.
         temperature: 0 takes the likeliest token.
+        top_p: sample from the likeliest tokens that make up this share; 1 from all.
     """
 
     model: str
@@ -36,7 +37,8 @@ class Cell:
     label: str
     budget: int
     seed: int
-    temperature: float
+    temperature: float = 0.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)

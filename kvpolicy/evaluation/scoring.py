@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvpolicy.adapters.hf.cache import EvictionCache
-from kvpolicy.adapters.hf.replay import _chunks, _log_softmax, _logits, _of
+from kvpolicy.adapters.hf.replay import _UNLIMITED, _log_softmax, _of
 from kvpolicy.policy import Policy
 
 __all__ = ["Scored", "score"]
@@ -61,13 +61,16 @@ def score(
     likeliest: list[Tensor] = []
     seeds = [seed] * len(pairs)
     with EvictionCache(model, policy, max_new_tokens=behind, prompt_length=prompt, seeds=seeds) as cache:
-        for first, stop in _chunks(cache, prompt + behind, prompt):
+        first, stop = 0, prompt
+        while first < stop:
             so_far = cache.evictions or evictions
             evictions = [so_far[row] if first <= last[row] else evictions[row] for row in range(len(pairs))]
-            found = _log_softmax(_logits(model, cache, tokens, mask, first, stop))
-            targets = tokens[:, max(first + 1, prompt) : stop + 1]
-            log_probs.append(_of(found, targets))
-            likeliest.append(found.argmax(-1) == targets.to(found.device))
+            targets = torch.arange(max(first + 1, prompt), stop + 1)
+            found = _log_softmax(model, cache, tokens, mask, first, stop, targets)
+            log_probs.append(_of(found, tokens[:, targets]))
+            likeliest.append(found.argmax(-1) == tokens[:, targets].to(found.device))
+            first = stop
+            stop = min(first + min(_UNLIMITED, cache.until_eviction()), prompt + behind - 1)
     by_token, right = torch.cat(log_probs, 1).cpu(), torch.cat(likeliest, 1).cpu()
     return [
         Scored(float(by_token[row, :n].sum()), bool(right[row, :n].all()), evictions[row])

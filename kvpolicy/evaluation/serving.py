@@ -84,6 +84,7 @@ class VLLMEngine:
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
     ) -> list[Generation]:
         """Return the answers to prompts that are sent at once, in their order.
@@ -96,6 +97,7 @@ class VLLMEngine:
             policy: what to keep, one of ``policies``; None keeps everything.
             max_new_tokens: at most.
             temperature: 0 takes the likeliest token.
+            top_p: draw from the likeliest tokens that make up this share.
             seed: of the sampling and of the policy's noise, of each prompt.
 
         Raises:
@@ -108,6 +110,7 @@ class VLLMEngine:
         params = SamplingParams(
             max_tokens=max_new_tokens,
             temperature=temperature,
+            top_p=top_p,
             seed=seed,
             detokenize=False,
             extra_args=self._asked(policy, seed),

@@ -26,7 +26,7 @@ OPTIONAL = {
     "kvpolicy.adapters.vllm": {"vllm", "triton", "numpy"},  # numpy comes with vLLM
     "kvpolicy.adapters.flash_attn": {"flash_attn", "triton"},
     "kvpolicy.cli": {"typer", "rich", "transformers", "gguf", "math_verify"},
-    "kvpolicy.evaluation": {"transformers", "lm_eval", "numpy"},
+    "kvpolicy.evaluation": {"transformers", "rich", "lm_eval", "numpy"},
     "kvpolicy.testing": {"hypothesis", "pytest"},
 }
 # What the extras hf and cli leave out; only these may still be missing then.

@@ -1,0 +1,128 @@
+"""Policies with a budget to be filled in: ``vase``, ``vase(b, recent=b // 8)``, ``ValueGuard() >> TopK(b)``."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+
+from kvpolicy import registry
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import ParseError
+from kvpolicy.evaluation.record import FULL
+from kvpolicy.policy import Policy
+
+__all__ = ["Filled", "fill", "takes_budget"]
+
+BUDGET = "b"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Hold a policy that a template became.
+
+    Attributes:
+        label: the template, as it was typed.
+        budget: that was filled in; 0 where the template has no place for one.
+        policy: None for the full cache.
+    """
+
+    label: str
+    budget: int
+    policy: Policy | None
+
+    @property
+    def text(self) -> str:
+        """Return what a record calls it: the policy's text, or ``"full"``."""
+        return FULL if self.policy is None else repr(self.policy)
+
+
+def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
+    """Return every template with every budget, each of what they come to once.
+
+    A recipe's bare name takes the budget as its first argument. ``b`` stands for it elsewhere, and
+    in sums, differences, products and ``//`` of whole numbers: ``recent=b // 8``. A template without
+    ``b`` is a policy of its own, and ``full`` the full cache.
+
+    Args:
+        templates: as a user types them.
+        budgets: slots per KV head.
+
+    Raises:
+        CommandError: a template wants a budget and there is none, or no template wants one.
+        PolicyError: it is no policy.
+
+    >>> [one.text for one in fill(["snapkv", "full"], [256])]
+    ['Policy(Attention(over=\\'all\\') >> TopK(256), interval=None)', 'full']
+    """
+    for budget in budgets:
+        if budget < 1:
+            raise CommandError(f"--budget {budget}: it is at least 1")
+    if budgets and not any(takes_budget(one) for one in templates):
+        raise CommandError(
+            f"--budget {', '.join(map(str, budgets))} goes nowhere: no policy has a place for it; write b, as in "
+            '"vase(b)", or leave --budget out'
+        )
+    found: dict[tuple[str, str], Filled] = {}
+    for template in templates:
+        if not takes_budget(template):
+            filled = [Filled(template, 0, None if template.strip() == FULL else Policy.parse(template))]
+        elif not budgets:
+            raise CommandError(f"{template} has no budget: add --budget 256, or write a number for b")
+        else:
+            filled = [Filled(template, budget, _parse(template, budget)) for budget in budgets]
+        found.update({(one.label, one.text): one for one in filled})
+    return list(found.values())
+
+
+def takes_budget(template: str) -> bool:
+    """Return whether a template has a place for a budget.
+
+    >>> takes_budget("vase"), takes_budget("TopK(b)"), takes_budget("vase(256)")
+    (True, True, False)
+    """
+    if template.strip() in registry.policies():
+        return True
+    try:
+        tree = ast.parse(template.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False  # the parser of policies says what is wrong
+    return any(isinstance(node, ast.Name) and node.id == BUDGET for node in ast.walk(tree))
+
+
+def _parse(template: str, budget: int) -> Policy:
+    source = template.strip()
+    if source in registry.policies():
+        source = f"{source}({BUDGET})"
+    tree = _Filler(budget).visit(ast.parse(source, mode="eval"))
+    try:
+        return Policy.parse(ast.unparse(tree))
+    except ParseError as error:
+        raise ParseError(f"{template} with b={budget}: {error}") from error
+
+
+class _Filler(ast.NodeTransformer):
+    """Put a number in the place of ``b``, and work out whole numbers made of it."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(self.budget) if node.id == BUDGET else node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        match node:
+            case ast.BinOp(left=ast.Constant(value=int() as left), right=ast.Constant(value=int() as right)):
+                match node.op:
+                    case ast.Add():
+                        return ast.Constant(left + right)
+                    case ast.Sub():
+                        return ast.Constant(left - right)
+                    case ast.Mult():
+                        return ast.Constant(left * right)
+                    case ast.FloorDiv() if right:
+                        return ast.Constant(left // right)
+                    case _:
+                        return node
+            case _:
+                return node
