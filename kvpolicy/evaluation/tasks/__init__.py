@@ -50,7 +50,7 @@ def tasks() -> list[str]:
 
 def described() -> dict[str, str]:
     """Return what each task does, a sentence each."""
-    return {name: (make.__doc__ or "").partition("\n")[0] for name, make in with_entry_points(BUILT_IN).items()}
+    return {name: (load().__doc__ or "").partition("\n")[0] for name, load in with_entry_points(BUILT_IN).items()}
 
 
 def parse(text: str) -> Task:
