@@ -92,13 +92,13 @@ def _lost(attention: Tensor, values: Tensor, kept: Tensor, first: int) -> tuple[
 
 
 def held(kept: Tensor, count: int) -> Tensor:
-    """Return ``[requests, heads, count]`` bool, the tokens that a head holds.
+    """Return ``[requests, heads, count]`` bool, which of the first tokens a head holds.
 
     >>> held(torch.tensor([[[0, 2, -1]]]), 4).tolist()
     [[[True, False, True, False]]]
     """
     found = torch.zeros(*kept.shape[:2], count + 1, dtype=torch.bool)
-    found.scatter_(-1, kept.long().where(kept >= 0, count), True)
+    found.scatter_(-1, kept.long().where((kept >= 0) & (kept < count), count), True)
     return found[..., :count]
 
 

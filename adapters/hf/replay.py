@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,7 +145,9 @@ def replays(
     mask = _checked(tokens, attention_mask, prompt_length)
     compared = _compared(columns, prompt_length, tokens.shape[1])
     if probe and not (full and bool(mask.all())):
-        raise UsageError("probe=True compares with the full cache, without pads: write full=True, and rows of one length")
+        raise UsageError(
+            "probe=True compares with the full cache, without pads: write full=True, and rows of one length"
+        )
     behind = tokens.shape[1] - prompt_length
     with ExitStack() as stack:
         runs = [

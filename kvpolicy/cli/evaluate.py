@@ -37,7 +37,9 @@ def evaluate(
     *,
     task: Annotated[list[str] | None, typer.Option(metavar="TEXT", help=TASK_HELP)] = None,
     policy: Annotated[list[str] | None, typer.Option(metavar="TEXT", help=POLICY_HELP)] = None,
-    budget: Annotated[list[int] | None, typer.Option(metavar="N", help="Slots per KV head; repeat it for more.")] = None,
+    budget: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Slots per KV head; repeat it for more.")
+    ] = None,
     model: Annotated[list[str] | None, typer.Option(metavar="NAME|FOLDER", help=f"{MODEL_HELP} Repeat it.")] = None,
     seed: Annotated[list[int] | None, typer.Option(metavar="N", help="Of sampling and noise; repeat it.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two small tasks and five policies: minutes.")] = False,
@@ -53,7 +55,8 @@ def evaluate(
     top_p: Annotated[float, typer.Option(metavar="F", help="Draw from the likeliest tokens of this share.")] = 1.0,
     batch: Annotated[int, typer.Option(metavar="N", help="Problems at once.")] = 16,
     data: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where data files lie; else $KVPOLICY_DATA, packages, the hub.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where data files lie; else $KVPOLICY_DATA, packages, the hub."),
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="Results, a line each; a file that is there is gone on with.")

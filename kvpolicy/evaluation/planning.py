@@ -12,15 +12,15 @@ from kvpolicy.evaluation.answering import batches
 from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.jobs import Answering, Job, Model, Reading
 from kvpolicy.evaluation.problem import Problem, Task, Text
-from kvpolicy.evaluation.record import FULL, Cell
-from kvpolicy.evaluation.rendering import Asked, render
+from kvpolicy.evaluation.record import Cell
+from kvpolicy.evaluation.rendering import render
 from kvpolicy.evaluation.results import Results
 from kvpolicy.evaluation.templates import Filled
 
 __all__ = ["PROMPT_OF_TEXT", "Asking", "Plan", "cells", "jobs"]
 
 PROMPT_OF_TEXT = 16  #: tokens of a text that is read which count as its prompt
-TEXTS_AT_ONCE = 4  #: each is held once for every policy
+TEXTS_AT_ONCE = 8  #: each is held once for every policy
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,22 @@ def jobs(plan: Plan, results: Results, tokenizer: Any, asking: Asking) -> Iterat
         for number, batch in enumerate(batches(asked, asking.batch)):
             left = [i for i in batch if plan.answered[i].id not in finished]
             if left:
-                yield Answering(
-                    cell, number, tuple(plan.answered[i] for i in left), tuple(asked[i] for i in left)
-                )
+                yield Answering(cell, number, tuple(plan.answered[i] for i in left), tuple(asked[i] for i in left))
     if plan.read:
         yield from _readings(plan, results, tokenizer, min(asking.batch, TEXTS_AT_ONCE))
 
 
 def _readings(plan: Plan, results: Results, tokenizer: Any, size: int) -> Iterator[Reading]:
     tokens = [_cut(one, tokenizer) for one in plan.read]
-    seeds = dict.fromkeys(cell.seed for cell in plan.cells)
+    # Those of one budget are due together: fed side by side, they go fastest.
+    groups = dict.fromkeys((cell.budget, cell.seed) for cell in plan.cells)
     done = {cell: results.finished(cell) for cell in plan.cells}
     for number, at in enumerate(range(0, len(tokens), size)):
         ids = [one.id for one in plan.read[at : at + size]]
-        for seed in seeds:
-            left = tuple(c for c in plan.cells if c.seed == seed and not all(one in done[c] for one in ids))
+        for group in groups:
+            left = tuple(
+                c for c in plan.cells if (c.budget, c.seed) == group and not all(one in done[c] for one in ids)
+            )
             if left:
                 here = [i for i, one in enumerate(ids) if any(one not in done[c] for c in left)]
                 yield Reading(

@@ -46,7 +46,9 @@ def render(problem: Problem, tokenizer: Any) -> Asked:
     whole = _tokens(problem, len(problem.messages), tokenizer)
     behind = tuple(tokenizer(problem.behind, add_special_tokens=False)["input_ids"]) if problem.behind else ()
     if len(behind) < problem.behind_tokens:
-        raise EvaluationError(f"{problem.id} has {len(behind)} tokens, fewer than {problem.behind_tokens}, with this tokenizer")
+        raise EvaluationError(
+            f"{problem.id} has {len(behind)} tokens, fewer than {problem.behind_tokens}, with this tokenizer"
+        )
     behind = behind[-problem.behind_tokens :]
     if problem.behind_tokens and not all(answer in tokenizer.decode(behind) for answer in problem.answers):
         raise EvaluationError(

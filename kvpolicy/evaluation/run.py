@@ -63,9 +63,7 @@ def _done(worker: Worker, work: Sequence[Job], cluster: Cluster | None) -> Itera
     from kvpolicy.evaluation.spread import spread
 
     address = None if cluster.address == "local" else cluster.address
-    yield from spread(
-        work, worker, address=address, workers=cluster.workers, cpus=cluster.cpus, gpus=cluster.gpus
-    )
+    yield from spread(work, worker, address=address, workers=cluster.workers, cpus=cluster.cpus, gpus=cluster.gpus)
 
 
 @contextmanager
@@ -95,5 +93,3 @@ def _said(records: Sequence[Record]) -> str:
     first = next(iter(cells))
     who = first.label if len(cells) == 1 else f"{len(cells)} policies"
     return f"{first.task}, {who}" + (f", b = {first.budget}" if first.budget and len(cells) == 1 else "")
-
-

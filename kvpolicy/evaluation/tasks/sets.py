@@ -97,8 +97,31 @@ class QuestionSet(Named):
         ]
 
 
+class WithExamples(QuestionSet):
+    """Ask each question behind worked examples: the first ones of GSM8K's training set.
+
+    Attributes:
+        shots: how many.
+    """
+
+    shots: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(shots=0)
+
+    def before(self, data: Path | None) -> str:
+        """Return the worked examples, or nothing where none are asked for."""
+        if not self.shots:
+            return ""
+        examples = worked_examples(data)
+        if len(examples) < self.shots:
+            raise DataError(f"{self!r} needs {self.shots} lines of gsm8k/train.jsonl, which has {len(examples)}")
+        return "".join(f"{example}\n\n" for example in examples[: self.shots]) + "Question: "
+
+
 @dataclass(frozen=True, repr=False)
-class gsm8k(QuestionSet):
+class gsm8k(WithExamples):
     """Ask the questions of GSM8K's test set.
 
     Args:
@@ -113,34 +136,23 @@ class gsm8k(QuestionSet):
     columns: ClassVar[tuple[str, ...]] = ("question", "answer")
     cap: ClassVar[int] = 512
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(shots=0)
-
     def question(self, row: dict[str, Any]) -> tuple[str, str]:
         """Return the question and the number after ``####``."""
         return str(row["question"]).strip(), _final(str(row["answer"]))
 
-    def before(self, data: Path | None) -> str:
-        """Return the worked examples, or nothing where none are asked for."""
-        if not self.shots:
-            return ""
-        examples = worked_examples(data)
-        if len(examples) < self.shots:
-            raise DataError(f"{self!r} needs {self.shots} lines of gsm8k/train.jsonl, which has {len(examples)}")
-        return "".join(f"{example}\n\n" for example in examples[: self.shots]) + "Question: "
-
 
 @dataclass(frozen=True, repr=False)
-class svamp(QuestionSet):
+class svamp(WithExamples):
     """Ask the elementary questions of SVAMP.
 
     Args:
+        shots: worked examples before each question: the first ones of GSM8K's training set.
         split: ``"all"``, ``"even"`` or ``"odd"`` lines.
 
     Source: https://arxiv.org/abs/2103.07191
     """
 
+    shots: int = 0
     split: Split = "all"
     columns: ClassVar[tuple[str, ...]] = ("Body", "Question", "Answer")
     cap: ClassVar[int] = 400
