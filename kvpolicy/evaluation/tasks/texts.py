@@ -138,7 +138,7 @@ class file(TextSet):
     count: int = 32
 
     def units(self, data: Path | None) -> Sequence[str]:
-        """Return the words, each with the space behind it."""
+        """Return the lines."""
         return files.text(Path(self.path)).splitlines(keepends=True)
 
 
