@@ -167,15 +167,15 @@ def _run(
 def _show(records: list[Record], report: Path | None, baseline: str | None) -> None:
     from kvpolicy.evaluation.record import FULL
     from kvpolicy.evaluation.report import report as write
-    from kvpolicy.evaluation.table import footer, rich_table, rows, text_rows
+    from kvpolicy.evaluation.table import footer, legend, rich_tables, rows, text_rows
 
     if not records:
         raise CommandError("there are no results yet")
-    for title, found in (("answers", rows(records, baseline or FULL)), ("texts", text_rows(records, baseline))):
-        if found:
-            console.stdout().print(rich_table(found, title))
-            for line in footer(found):
-                console.stdout().print(line, style="dim", markup=False)
+    for found in (rows(records, baseline or FULL), text_rows(records, baseline)):
+        for table in rich_tables(found):
+            console.stdout().print(table)
+        for line in (*legend(found), *footer(found)) if found else ():
+            console.stdout().print(line, style="dim", markup=False, soft_wrap=True)
     if report is not None:
         console.note(f"the report is in {write(records, report, baseline)}")
 

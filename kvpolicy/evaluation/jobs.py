@@ -128,8 +128,8 @@ class Worker:
             return self._answer(job) if isinstance(job, Answering) else self._read(job)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise RunError(
-                f"{self.model.device} has not enough memory for {len(_rows(job))} rows at once: write a smaller --batch "
-                f"({one_line(error, 120)})"
+                f"{self.model.device} has not enough memory for {len(_rows(job))} rows at once: write a smaller "
+                f"--batch ({one_line(error, 120)})"
             ) from error
 
     def _answer(self, job: Answering) -> list[Record]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvpolicy.evaluation.record import FULL, Cell, Record
+from kvpolicy.evaluation.record import FULL, Cell, Record, short
 from kvpolicy.evaluation.statistics import Interval, by_problem, mean_interval, paired_interval, score_interval
 
 __all__ = ["Row", "TextRow", "grouped", "is_text", "rows", "text_rows"]
@@ -140,7 +140,7 @@ def text_rows(records: Iterable[Record], baseline: str | None = None) -> list[Te
     """
     groups = grouped(record for record in records if is_text(record))
     if baseline is None:
-        baseline = min((cell.label for cell in groups if cell.label.startswith("vase")), default="")
+        baseline = min((cell.label for cell in groups if cell.label.lower().startswith("vase")), key=len, default="")
     found = [
         TextRow(
             cell=cell,
@@ -177,10 +177,12 @@ def _loss(members: Sequence[Record]) -> Interval | None:
 
 def _difference(cell: Cell, groups: Mapping[Cell, list[Record]], baseline: str) -> Interval | None:
     """Return the paired difference from the baseline of the same model and task, or None."""
-    alike = [other for other in groups if other.label == baseline and _setting(other) == _setting(cell)]
+    alike = [
+        other for other in groups if baseline in (other.label, short(other.label)) and _setting(other) == _setting(cell)
+    ]
     at_budget = {other.budget: other for other in alike}
     other = at_budget.get(cell.budget, at_budget.get(0))
-    if cell.label == baseline or other is None:
+    if other is None or baseline in (cell.label, short(cell.label)):
         return None
     ours, theirs = _scores(groups[cell]), _scores(groups[other])
     return paired_interval(ours, theirs) if len(ours.keys() & theirs.keys()) > 1 else None

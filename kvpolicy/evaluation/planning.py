@@ -148,8 +148,8 @@ def _cut(text: Text, tokenizer: Any) -> tuple[int, ...]:
     found = tuple(tokenizer(text.text)["input_ids"])[: text.length]
     if len(found) < text.length or len(found) < 2 * PROMPT_OF_TEXT:
         raise EvaluationError(
-            f"{text.id} has {len(found)} tokens with this tokenizer: texts are read from {2 * PROMPT_OF_TEXT} tokens on, "
-            f"and {text.length} were asked for"
+            f"{text.id} has {len(found)} tokens with this tokenizer: {text.length} were asked for, and texts are read "
+            f"from {2 * PROMPT_OF_TEXT} tokens on"
         )
     return found
 

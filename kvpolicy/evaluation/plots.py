@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
 from kvpolicy.evaluation.measures import Row, TextRow
+from kvpolicy.evaluation.record import short
 
 __all__ = ["curves", "kl_against_budget", "score_against_budget"]
 
@@ -29,7 +30,7 @@ def score_against_budget(rows: Sequence[Row], title: str = "") -> Figure:
         title: above the axes.
     """
     figure, axes = _axes(title, "budget, slots per KV head", "score, %")
-    _against_budget(axes, [(row.cell.label, row.cell.budget, row.score) for row in rows], 100)
+    _against_budget(axes, [(short(row.cell.label), row.cell.budget, row.score) for row in rows], 100)
     return figure
 
 
@@ -41,7 +42,7 @@ def kl_against_budget(rows: Sequence[TextRow], title: str = "") -> Figure:
         title: above the axes.
     """
     figure, axes = _axes(title, "budget, slots per KV head", "KL from the full cache, nats")
-    _against_budget(axes, [(row.cell.label, row.cell.budget, row.kl) for row in rows], 1)
+    _against_budget(axes, [(short(row.cell.label), row.cell.budget, row.kl) for row in rows], 1)
     return figure
 
 

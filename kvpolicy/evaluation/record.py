@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Cell", "Record"]
+__all__ = ["FULL", "Cell", "Record", "short"]
 
 FULL = "full"  #: stands in the place of a policy where nothing is evicted
 
@@ -67,3 +67,12 @@ class Record:
     score: float
     details: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
+
+
+def short(label: str) -> str:
+    """Return the name of a template that has one, else the template.
+
+    >>> short("VaSE: vase(b, interval=b // 8)"), short("vase")
+    ('VaSE', 'vase')
+    """
+    return label.partition(": ")[0]

@@ -63,7 +63,7 @@ def render(problem: Problem, tokenizer: Any) -> Asked:
         so_far = _tokens(problem, end, tokenizer)
         if whole[: len(so_far)] != so_far:
             raise EvaluationError(
-                f"the chat template of this model rewrites earlier turns, so that {problem.id} cannot be fed a turn at a time"
+                f"the chat template of this model rewrites earlier turns: {problem.id} cannot be fed a turn at a time"
             )
         pieces.append(so_far[fed:])
         fed = len(so_far)

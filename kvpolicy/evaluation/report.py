@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvpolicy.cli.errors import CommandError
 from kvpolicy.evaluation.measures import Row, TextRow, grouped, is_text
-from kvpolicy.evaluation.record import FULL, Cell, Record
-from kvpolicy.evaluation.table import footer, grid, markdown, rows, setting, text_rows
+from kvpolicy.evaluation.record import FULL, Cell, Record, short
+from kvpolicy.evaluation.table import footer, grid, legend, markdown, rows, setting, text_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
@@ -94,7 +94,9 @@ def command(cell: Cell, out: str = "results.jsonl") -> str:
     words: list[object] = ["kvpolicy", "eval", "--model", cell.model, "--engine", cell.engine, "--dtype", cell.dtype]
     words += ["--task", cell.task, "--policy", cell.label]
     words += ["--budget", cell.budget] if cell.budget else []
-    words += ["--seed", cell.seed, "--temperature", f"{cell.temperature:g}", "--out", out]
+    words += ["--seed", cell.seed, "--temperature", f"{cell.temperature:g}"]
+    words += ["--top-p", f"{cell.top_p:g}"] if cell.top_p < 1 else []
+    words += ["--out", out]
     return shlex.join(map(str, words))
 
 
@@ -103,7 +105,10 @@ def command(cell: Cell, out: str = "results.jsonl") -> str:
 
 def _section(title: str, found: Sequence[Row] | Sequence[TextRow]) -> str:
     notes = "".join(f"- {line.replace('*', chr(92) + '*')}\n" for line in footer(found))
-    return f"## {title}\n\n{markdown(found)}\n{notes}"
+    named = "".join(f"- {name}: `{text}`\n" for name, _, text in (one.partition(": ") for one in legend(found)))
+    return f"## {title}\n\n{markdown(found)}\n{notes}" + (
+        f"\nPolicies, ``b`` being the budget:\n\n{named}" if named else ""
+    )
 
 
 def _shown(figures: Mapping[str, str]) -> str:
@@ -173,7 +178,7 @@ def _name(cell: Cell) -> str:
     >>> _name(Cell("m", "", "vllm", "bfloat16", "gsm8k", "vase(512)", "vase(b)", 512, 0, 0.6))
     'vase(b), b = 512'
     """
-    return f"{cell.label}, b = {cell.budget}" if cell.budget else cell.label
+    return f"{short(cell.label)}, b = {cell.budget}" if cell.budget else short(cell.label)
 
 
 # --- figures -----------------------------------------------------------------------------------------

@@ -9,23 +9,32 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvpolicy.evaluation.measures import Row, TextRow, rows, text_rows
-from kvpolicy.evaluation.record import Cell
+from kvpolicy.evaluation.record import Cell, short
 from kvpolicy.evaluation.statistics import Interval
 
-__all__ = ["Row", "TextRow", "footer", "grid", "markdown", "rich_table", "rows", "setting", "text_rows"]
+__all__ = ["Row", "TextRow", "footer", "grid", "legend", "markdown", "rich_tables", "rows", "setting", "text_rows"]
 
 BLANK = "–"
 
 
-def rich_table(found: Sequence[Row] | Sequence[TextRow], title: str) -> Table:
-    """Return rows as a table for the terminal."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
-    names, lines = _layout(found)
-    for name in names:
-        table.add_column(name, overflow="fold", justify="left" if name in LEFT else "right")
-    for line in lines:
-        table.add_row(*map(escape, line))
-    return table
+def rich_tables(found: Sequence[Row] | Sequence[TextRow]) -> list[Table]:
+    """Return rows as tables for the terminal, one for each model and task, with the columns that fit there."""
+    made = []
+    for cell in dict.fromkeys(_where(row.cell) for row in found):
+        here: Any = [row for row in found if _where(row.cell) == cell]
+        table = Table(title=escape(f"{cell[0]}: {cell[1]} ({cell[2]})"), title_justify="left", title_style="bold")
+        names, lines = _layout(here)
+        shown = [i for i, name in enumerate(names) if name in NARROW]
+        for i in shown:
+            table.add_column(names[i], overflow="fold", justify="left" if names[i] in LEFT else "right")
+        for line in lines:
+            table.add_row(*(escape(line[i]) for i in shown))
+        made.append(table)
+    return made
+
+
+def _where(cell: Cell) -> tuple[str, str, str]:
+    return cell.model, cell.task, setting(cell)
 
 
 def markdown(found: Sequence[Row] | Sequence[TextRow]) -> str:
@@ -62,7 +71,7 @@ def footer(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
     ]
     if any(row.difference for row in found):
         lines += [
-            f"difference: from {found[0].baseline}, paired over the problems that both have; "
+            f"difference: from {short(found[0].baseline)}, paired over the problems that both have; "
             f"{bootstrap}, made to reach 0 where fewer than six problems differ.",
             "*: the interval of the difference does not hold 0. Of twenty rows that do not differ, one has a star.",
         ]
@@ -70,6 +79,8 @@ def footer(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
 
 
 Column = tuple[str, Callable[[Any], str]]
+#: What fits into the width of a terminal; Markdown has every column.
+NARROW = ("policy", "budget", "score, %", "KL, nats", "difference, points", "difference, nats", "held, %", "loops, %")
 LEFT = ("model", "task", "policy", "setting")  # texts; numbers are flush right
 
 
@@ -86,6 +97,11 @@ def _layout(found: Sequence[Row] | Sequence[TextRow]) -> tuple[list[str], list[l
 def setting(cell: Cell) -> str:
     """Return what a cell shares with others beside model and task, in words."""
     return f"{cell.engine}, {cell.dtype}, temperature {cell.temperature:g}, weights {cell.weights[:8]}"
+
+
+def legend(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
+    """Return what the named policies of a table are, a line each."""
+    return [label for label in dict.fromkeys(row.cell.label for row in found) if short(label) != label]
 
 
 def _runs(row: Row | TextRow) -> str:
@@ -120,7 +136,7 @@ WHO: list[Column] = [
     ("model", lambda row: row.cell.model),
     ("setting", lambda row: setting(row.cell)),
     ("task", lambda row: row.cell.task),
-    ("policy", lambda row: row.cell.label),
+    ("policy", lambda row: short(row.cell.label)),
     ("budget", lambda row: f"{row.cell.budget}" if row.cell.budget else BLANK),
     ("n", _runs),
 ]

@@ -21,7 +21,7 @@ class Filled:
     """Hold a policy that a template became.
 
     Attributes:
-        label: the template, as it was typed.
+        label: the template, as it was typed, with its name if it has one.
         budget: that was filled in; 0 where the template has no place for one.
         policy: None for the full cache.
     """
@@ -37,11 +37,12 @@ class Filled:
 
 
 def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
-    """Return every template with every budget, each of what they come to once.
+    r"""Return every template with every budget, each of what they come to once.
 
     A recipe's bare name takes the budget as its first argument. ``b`` stands for it elsewhere, and
     in sums, differences, products and ``//`` of whole numbers: ``recent=b // 8``. A template without
-    ``b`` is a policy of its own, and ``full`` the full cache.
+    ``b`` is a policy of its own, and ``full`` the full cache. ``NAME: `` before a template is what
+    tables call it.
 
     Args:
         templates: as a user types them.
@@ -52,7 +53,7 @@ def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
         PolicyError: it is no policy.
 
     >>> [one.text for one in fill(["snapkv", "full"], [256])]
-    ['Policy(Attention(over=\\'all\\') >> TopK(256), interval=None)', 'full']
+    ['Policy(Attention(over=\'all\') >> TopK(256), interval=None)', 'full']
     """
     for budget in budgets:
         if budget < 1:
@@ -64,12 +65,13 @@ def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
         )
     found: dict[tuple[str, str], Filled] = {}
     for template in templates:
+        source = _source(template)
         if not takes_budget(template):
-            filled = [Filled(template, 0, None if template.strip() == FULL else Policy.parse(template))]
+            filled = [Filled(template, 0, None if source == FULL else Policy.parse(source))]
         elif not budgets:
             raise CommandError(f"{template} has no budget: add --budget 256, or write a number for b")
         else:
-            filled = [Filled(template, budget, _parse(template, budget)) for budget in budgets]
+            filled = [Filled(template, budget, _parse(source, budget)) for budget in budgets]
         found.update({(one.label, one.text): one for one in filled})
     return list(found.values())
 
@@ -80,17 +82,23 @@ def takes_budget(template: str) -> bool:
     >>> takes_budget("vase"), takes_budget("TopK(b)"), takes_budget("vase(256)")
     (True, True, False)
     """
-    if template.strip() in registry.policies():
+    source = _source(template)
+    if source in registry.policies():
         return True
     try:
-        tree = ast.parse(template.strip(), mode="eval")
+        tree = ast.parse(source, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False  # the parser of policies says what is wrong
     return any(isinstance(node, ast.Name) and node.id == BUDGET for node in ast.walk(tree))
 
 
+def _source(template: str) -> str:
+    """Return a template without its name."""
+    return template.rpartition(": ")[2].strip()
+
+
 def _parse(template: str, budget: int) -> Policy:
-    source = template.strip()
+    source = template
     if source in registry.policies():
         source = f"{source}({BUDGET})"
     tree = _Filler(budget).visit(ast.parse(source, mode="eval"))
