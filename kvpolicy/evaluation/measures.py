@@ -136,7 +136,7 @@ def text_rows(records: Iterable[Record], baseline: str | None = None) -> list[Te
 
     Args:
         records: those of answers are left out.
-        baseline: the label of what differences are taken from; where None, the first that begins with ``vase``.
+        baseline: the label of what differences are taken from; where None, the shortest that begins with ``vase``.
     """
     groups = grouped(record for record in records if is_text(record))
     if baseline is None:

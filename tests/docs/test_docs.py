@@ -31,6 +31,7 @@ from kvpolicy import Policy, policies
 from kvpolicy.adapters.vllm import Config, Settings
 from kvpolicy.cli import app as cli
 from kvpolicy.cli import default_model
+from tests.docs import evaluate_page
 from tests.docs.pages import PAGES, ROOT, Block, blocks, commands, links, name
 from tests.hf.split import environment as processes
 from tests.models import default_folder
@@ -140,6 +141,8 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                 found = re.search(r"policy=(\w+\(.*?\))", options[options.index("--model_args") + 1])
                 assert found is not None, command
                 Policy.parse(found[1])
+            case ["kvpolicy", "eval", *options]:  # minutes, and files: what it asks for is read, and not run
+                evaluate_page.check(options)
             case ["kvpolicy", *arguments]:
                 assert cli.run(arguments) == 0, command
             case _:
