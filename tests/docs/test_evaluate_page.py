@@ -82,9 +82,9 @@ def test_numbers_are_those_of_the_code() -> None:
 def test_the_task_of_the_page_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = next(block.code for block in blocks(PAGE, "python") if block.title == "ledger.py")
     declared = next(block.code for block in blocks(PAGE, "toml"))
-    group, name, target = re.fullmatch(
-        r'\[project\.entry-points\."([\w.]+)"\]\n(\w+) = "([\w:]+)"\n', declared
-    ).groups()
+    found = re.fullmatch(r'\[project\.entry-points\."([\w.]+)"\]\n(\w+) = "([\w:]+)"\n', declared)
+    assert found is not None, declared
+    group, name, target = found.groups()
     (tmp_path / "ledger.py").write_text(code, "utf-8")
     installed = tmp_path / "ledgers-1.dist-info"
     installed.mkdir()
