@@ -148,7 +148,8 @@ def _run(
     """Do what is left of each model in turn."""
     from kvpolicy.cli.models import load_tokenizer
     from kvpolicy.evaluation import tasks
-    from kvpolicy.evaluation.planning import cells, jobs
+    from kvpolicy.evaluation.jobs import Worker
+    from kvpolicy.evaluation.planning import cells, jobs, later_jobs
     from kvpolicy.evaluation.results import Results
     from kvpolicy.evaluation.run import run, size
     from kvpolicy.evaluation.weights import fingerprint, folder_of
@@ -159,9 +160,11 @@ def _run(
             tokenizer: Any = load_tokenizer(model.name)
             plans = cells(model, fingerprint(folder_of(model.name)), parsed, filled, asking, data)
             work = [job for plan in plans for job in jobs(plan, results, tokenizer, asking)]
-            left, of = sum(map(size, work)), sum(len(one.cells) * len(one.answered or one.read) for one in plans)
+            left, of = sum(map(size, work)), sum(one.records for one in plans)
             console.note(f"{model.name}: {of - left} of {of} problems are finished; {left} to do, results in {out}")
-            run(model, plans, work, results, cluster)
+            worker = Worker(model, list(dict.fromkeys(cell.policy for plan in plans for cell in plan.cells)))
+            run(worker, work, results, cluster)
+            run(worker, [job for plan in plans for job in later_jobs(plan, results, tokenizer)], results, cluster)
 
 
 def _show(records: list[Record], report: Path | None, baseline: str | None) -> None:

@@ -103,6 +103,8 @@ class Worker:
             CommandError: there is no such model.
             BindError: a policy cannot run on it.
         """
+        if self._engine is not None:
+            return
         parsed = [Policy.parse(text) for text in self.policies if text != FULL]
         if self.model.engine == "vllm":
             from kvpolicy.evaluation.serving import VLLMEngine
@@ -118,17 +120,17 @@ class Worker:
             EvictionCache(loaded.model, policy, max_new_tokens=1).unbind()
         self._tokenizer, self._engine = loaded.tokenizer, TransformersEngine(loaded)
 
-    def __call__(self, job: Job) -> list[Record]:
+    def __call__(self, batch: Job) -> list[Record]:
         """Return the records of a job.
 
         Raises:
             RunError: the device has not enough memory, or a policy fails.
         """
         try:
-            return self._answer(job) if isinstance(job, Answering) else self._read(job)
+            return self._answer(batch) if isinstance(batch, Answering) else self._read(batch)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise RunError(
-                f"{self.model.device} has not enough memory for {len(_rows(job))} rows at once: write a smaller "
+                f"{self.model.device} has not enough memory for {len(_rows(batch))} rows at once: write a smaller "
                 f"--batch ({one_line(error, 120)})"
             ) from error
 

@@ -12,12 +12,13 @@ from kvpolicy.evaluation.answering import batches
 from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.jobs import Answering, Job, Model, Reading
 from kvpolicy.evaluation.problem import Problem, Task, Text
-from kvpolicy.evaluation.record import Cell
+from kvpolicy.evaluation.record import FULL, Cell
 from kvpolicy.evaluation.rendering import render
 from kvpolicy.evaluation.results import Results
+from kvpolicy.evaluation.tasks.texts import own
 from kvpolicy.evaluation.templates import Filled
 
-__all__ = ["PROMPT_OF_TEXT", "Asking", "Plan", "cells", "jobs"]
+__all__ = ["PROMPT_OF_TEXT", "Asking", "Plan", "cells", "jobs", "later_jobs"]
 
 PROMPT_OF_TEXT = 16  #: tokens of a text that is read which count as its prompt
 TEXTS_AT_ONCE = 8  #: each is held once for every policy
@@ -32,12 +33,19 @@ class Plan:
         answered: the problems, or none where texts are read.
         read: the texts.
         cells: one for each policy, budget and seed.
+        first: the cell of the full cache whose answers are read, or None.
     """
 
     task: Task
     answered: tuple[Problem, ...]
     read: tuple[Text, ...]
     cells: tuple[Cell, ...]
+    first: Cell | None = None
+
+    @property
+    def records(self) -> int:
+        """Return how many problems, or texts, are to be finished by :func:`jobs`."""
+        return len(self.answered or self.read) * (len(self.cells) if self.first is None else 1)
 
 
 @dataclass(frozen=True)
@@ -73,37 +81,46 @@ def cells(
     plans = []
     for task in tasks:
         problems = list(task.problems(data))[: asking.limit]
-        texts = tuple(one for one in problems if isinstance(one, Text))
+        read = tuple(one for one in problems if isinstance(one, Text))
         answered = tuple(_capped(one, asking) for one in problems if isinstance(one, Problem))
-        wanted = [one for one in policies if one.policy is not None] if texts else list(policies)
-        if texts and model.engine != "transformers":
-            raise CommandError(f"{task!r} is read, which --engine {model.engine} cannot: leave --engine out")
-        if texts and not wanted:
-            raise CommandError(f"{task!r} is read under a policy and compared with the full cache: add --policy")
-        for one in answered if model.engine != "transformers" else ():
-            if one.behind or one.turns:
-                raise CommandError(
-                    f"{task!r} feeds its problems in parts, which --engine {model.engine} cannot: leave --engine out"
-                )
-        found = [
-            Cell(
-                model=Path(model.name).name if Path(model.name).is_dir() else model.name,
-                weights=weights,
-                engine=model.engine,
-                dtype=model.dtype,
-                task=_named(task, asking),
-                policy=one.text,
-                label=one.label,
-                budget=one.budget,
-                seed=seed,
-                temperature=0.0 if texts else asking.temperature,
-                top_p=1.0 if texts else asking.top_p,
-            )
-            for one in wanted
+        is_read = bool(read) or isinstance(task, own)
+        _insist(task, model, answered, policies, is_read=is_read)
+        full = Cell(
+            model=Path(model.name).name if Path(model.name).is_dir() else model.name,
+            weights=weights,
+            engine=model.engine,
+            dtype=model.dtype,
+            task=_named(task, asking),
+            policy=FULL,
+            label=FULL,
+            budget=0,
+            seed=asking.seeds[0],
+            temperature=0.0 if read else asking.temperature,
+            top_p=1.0 if read else asking.top_p,
+        )
+        found = tuple(
+            replace(full, policy=one.text, label=one.label, budget=one.budget, seed=seed)
+            for one in policies
+            if not (is_read and one.policy is None)
             for seed in asking.seeds
-        ]
-        plans.append(Plan(task, answered, texts, tuple(found)))
+        )
+        first = replace(full, task=_named(task.task, asking)) if isinstance(task, own) else None
+        plans.append(Plan(task, answered, read, found, first))
     return plans
+
+
+def _insist(
+    task: Task, model: Model, answered: Sequence[Problem], policies: Sequence[Filled], *, is_read: bool
+) -> None:
+    """Refuse what the engine cannot do, and texts that nothing would evict from."""
+    if is_read and model.engine != "transformers":
+        raise CommandError(f"{task!r} is read, which --engine {model.engine} cannot: leave --engine out")
+    if is_read and all(one.policy is None for one in policies):
+        raise CommandError(f"{task!r} is read under a policy and compared with the full cache: add --policy")
+    if model.engine != "transformers" and any(one.behind or one.turns for one in answered):
+        raise CommandError(
+            f"{task!r} feeds its problems in parts, which --engine {model.engine} cannot: leave --engine out"
+        )
 
 
 def jobs(plan: Plan, results: Results, tokenizer: Any, asking: Asking) -> Iterator[Job]:
@@ -116,42 +133,66 @@ def jobs(plan: Plan, results: Results, tokenizer: Any, asking: Asking) -> Iterat
         EvaluationError: a problem cannot be put into tokens, or a text is too short.
     """
     asked = [render(one, tokenizer) for one in plan.answered]
-    for cell in plan.cells if plan.answered else ():
+    answering = plan.cells if plan.first is None else (plan.first,)
+    for cell in answering if plan.answered else ():
         finished = results.finished(cell)
         for number, batch in enumerate(batches(asked, asking.batch)):
             left = [i for i in batch if plan.answered[i].id not in finished]
             if left:
                 yield Answering(cell, number, tuple(plan.answered[i] for i in left), tuple(asked[i] for i in left))
     if plan.read:
-        yield from _readings(plan, results, tokenizer, min(asking.batch, TEXTS_AT_ONCE))
+        yield from _readings(
+            plan, results, [_cut(one, tokenizer) for one in plan.read], min(asking.batch, TEXTS_AT_ONCE)
+        )
 
 
-def _readings(plan: Plan, results: Results, tokenizer: Any, size: int) -> Iterator[Reading]:
-    tokens = [_cut(one, tokenizer) for one in plan.read]
+def later_jobs(plan: Plan, results: Results, tokenizer: Any) -> Iterator[Reading]:
+    """Yield what can be done once :func:`jobs` are: to read the model's own answers, those that go on for a while."""
+    if plan.first is None:
+        return
+    answers = results.finished(plan.first)
+    texts = []
+    for problem in plan.answered:
+        prompt = render(problem, tokenizer)
+        answer = tokenizer(answers[problem.id].details["output"], add_special_tokens=False)["input_ids"]
+        whole = [*(token for piece in prompt.pieces for token in piece), *prompt.behind]
+        if len(answer) >= PROMPT_OF_TEXT:
+            texts.append(_Tokens(problem.id, (*whole, *answer), len(whole)))
+    yield from _readings(plan, results, texts, 1)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Hold a text in tokens, and how many of them are prompt."""
+
+    id: str
+    tokens: tuple[int, ...]
+    prompt: int
+
+
+def _readings(plan: Plan, results: Results, texts: Sequence[_Tokens], size: int) -> Iterator[Reading]:
     # Those of one budget are due together: fed side by side, they go fastest.
     groups = dict.fromkeys((cell.budget, cell.seed) for cell in plan.cells)
     done = {cell: results.finished(cell) for cell in plan.cells}
-    for number, at in enumerate(range(0, len(tokens), size)):
-        ids = [one.id for one in plan.read[at : at + size]]
+    for number, at in enumerate(range(0, len(texts), size)):
+        batch = texts[at : at + size]
         for group in groups:
-            left = tuple(
-                c for c in plan.cells if (c.budget, c.seed) == group and not all(one in done[c] for one in ids)
-            )
-            if left:
-                here = [i for i, one in enumerate(ids) if any(one not in done[c] for c in left)]
-                yield Reading(
-                    left, number, tuple(ids[i] for i in here), tuple(tokens[at + i] for i in here), PROMPT_OF_TEXT
-                )
+            of_group = [cell for cell in plan.cells if (cell.budget, cell.seed) == group]
+            left = tuple(cell for cell in of_group if any(one.id not in done[cell] for one in batch))
+            here = [one for one in batch if any(one.id not in done[cell] for cell in left)]
+            if here:
+                ids, tokens = tuple(one.id for one in here), tuple(one.tokens for one in here)
+                yield Reading(left, number, ids, tokens, here[0].prompt)
 
 
-def _cut(text: Text, tokenizer: Any) -> tuple[int, ...]:
+def _cut(text: Text, tokenizer: Any) -> _Tokens:
     found = tuple(tokenizer(text.text)["input_ids"])[: text.length]
     if len(found) < text.length or len(found) < 2 * PROMPT_OF_TEXT:
         raise EvaluationError(
             f"{text.id} has {len(found)} tokens with this tokenizer: {text.length} were asked for, and texts are read "
             f"from {2 * PROMPT_OF_TEXT} tokens on"
         )
-    return found
+    return _Tokens(text.id, found, PROMPT_OF_TEXT)
 
 
 def _capped(problem: Problem, asking: Asking) -> Problem:

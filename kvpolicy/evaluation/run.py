@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kvpolicy.cli.console import note, stderr
-from kvpolicy.evaluation.jobs import Answering, Job, Model, Worker
-from kvpolicy.evaluation.planning import Plan
+from kvpolicy.evaluation.jobs import Answering, Job, Worker
 from kvpolicy.evaluation.record import Record
 from kvpolicy.evaluation.results import Results
 
@@ -33,7 +32,7 @@ class Cluster:
     gpus: float = 0
 
 
-def run(model: Model, plans: Sequence[Plan], work: Sequence[Job], results: Results, cluster: Cluster | None) -> None:
+def run(worker: Worker, work: Sequence[Job], results: Results, cluster: Cluster | None) -> None:
     """Do all jobs, and append the records of each as soon as it is done.
 
     Raises:
@@ -41,10 +40,7 @@ def run(model: Model, plans: Sequence[Plan], work: Sequence[Job], results: Resul
     """
     if not work:
         return
-    policies = dict.fromkeys(cell.policy for plan in plans for cell in plan.cells)
-    worker = Worker(model, list(policies))
-    problems = sum(map(size, work))
-    with _progress(problems) as tell:
+    with _progress(sum(map(size, work))) as tell:
         for records in _done(worker, work, cluster):
             results.append(records)
             tell(records)

@@ -8,7 +8,7 @@ from kvpolicy.evaluation.problem import Task
 from kvpolicy.evaluation.tasks.reading import parse_with, with_entry_points
 from kvpolicy.evaluation.tasks.recall import needles, passcode, turns
 from kvpolicy.evaluation.tasks.sets import aime24, aime25, gsm8k, math500, svamp
-from kvpolicy.evaluation.tasks.texts import file, pydoc, shakespeare, wikitext, worked
+from kvpolicy.evaluation.tasks.texts import file, own, pydoc, shakespeare, wikitext, worked
 from kvpolicy.evaluation.tasks.together import many
 from kvpolicy.evaluation.tasks.tracking import variables, words
 
@@ -22,6 +22,7 @@ __all__ = [
     "many",
     "math500",
     "needles",
+    "own",
     "parse",
     "passcode",
     "pydoc",
@@ -37,7 +38,7 @@ __all__ = [
 
 SETS = (gsm8k, math500, aime24, aime25, svamp, many)
 RECALL = (passcode, needles, turns, variables, words)
-TEXTS = (wikitext, shakespeare, worked, pydoc, file)
+TEXTS = (wikitext, shakespeare, worked, pydoc, own, file)
 
 #: What comes with kvpolicy; ``pyproject.toml`` declares the same in the entry points ``kvpolicy.tasks``.
 BUILT_IN: dict[str, Callable[..., Task]] = {task.__name__: task for task in (*SETS, *RECALL, *TEXTS)}

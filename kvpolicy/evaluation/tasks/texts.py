@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvpolicy.evaluation import data as files
-from kvpolicy.evaluation.errors import DataError
-from kvpolicy.evaluation.problem import Text
+from kvpolicy.evaluation.errors import DataError, EvaluationError
+from kvpolicy.evaluation.problem import Problem, Task, Text
 from kvpolicy.evaluation.tasks.named import Named
 from kvpolicy.evaluation.tasks.sets import worked_examples
 
-__all__ = ["CHARACTERS_A_TOKEN", "TextSet", "file", "pieces", "pydoc", "shakespeare", "wikitext", "worked"]
+__all__ = ["CHARACTERS_A_TOKEN", "TextSet", "file", "own", "pieces", "pydoc", "shakespeare", "wikitext", "worked"]
 
 #: Above what any usual tokeniser reaches on prose, so that a piece is longer than asked for; who tokenises cuts.
 CHARACTERS_A_TOKEN = 6
@@ -121,6 +121,26 @@ class pydoc(TextSet):
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics)).splitlines(keepends=True)
+
+
+@dataclass(frozen=True, repr=False)
+class own(Named):
+    """Read what the model itself answers with the full cache, each answer behind its problem.
+
+    Args:
+        task: whose problems; those are answered first, and their answers kept like any others.
+    """
+
+    task: Task
+
+    def __post_init__(self) -> None:
+        if isinstance(self.task, TextSet | own):
+            raise EvaluationError(f"own: task={self.task!r} is read, not answered; write, say, own(gsm8k)")
+
+    def problems(self, data: Path | None) -> Sequence[Problem]:
+        """Return the problems."""
+        found = self.task.problems(data)
+        return [one for one in found if isinstance(one, Problem)]
 
 
 @dataclass(frozen=True, repr=False)
