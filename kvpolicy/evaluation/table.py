@@ -37,9 +37,16 @@ def _where(cell: Cell) -> tuple[str, str, str]:
     return cell.model, cell.task, setting(cell)
 
 
-def markdown(found: Sequence[Row] | Sequence[TextRow]) -> str:
-    """Return rows as a table in Markdown, a newline at its end."""
+def markdown(found: Sequence[Row] | Sequence[TextRow], without: Sequence[str] = ()) -> str:
+    """Return rows as a table in Markdown, a newline at its end.
+
+    Args:
+        found: the rows.
+        without: columns to leave out.
+    """
     names, lines = _layout(found)
+    shown = [i for i, name in enumerate(names) if name not in without]
+    names, lines = [names[i] for i in shown], [[line[i] for i in shown] for line in lines]
     return grid(names, lines, [name in LEFT for name in names])
 
 

@@ -1,0 +1,1 @@
+"""What policies cost in quality: the commands behind the documentation's results."""

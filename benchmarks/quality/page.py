@@ -1,0 +1,72 @@
+"""Write the tables of a page from result files: ``python -m benchmarks.quality.page PAGE RESULTS ...``.
+
+Blocks of the page name a model and a task, ``<!-- results: MODEL TASK -->`` ... ``<!-- end -->``, and are written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvpolicy.evaluation.measures import is_text
+from kvpolicy.evaluation.record import Record
+from kvpolicy.evaluation.results import read
+from kvpolicy.evaluation.table import footer, legend, markdown, rows, text_rows
+
+BLOCK = re.compile(r"(?P<begin><!-- results: (?P<name>.+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+LEGEND = "policies"
+
+
+def written(page: str, records: Sequence[Record], baseline: str | None = None) -> str:
+    """Return a page with the tables of some records.
+
+    Args:
+        page: Markdown with blocks.
+        records: of any models and tasks.
+        baseline: what texts are compared with; VaSE by default.
+
+    Raises:
+        SystemExit: a block has no record.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        text = _policies(records) if name == LEGEND else _table(name, records, baseline)
+        return f"{match['begin']}\n{text}\n{match['end']}"
+
+    return BLOCK.sub(block, page)
+
+
+def _table(name: str, records: Sequence[Record], baseline: str | None) -> str:
+    model, _, task = name.partition(" ")
+    mine = [one for one in records if (one.cell.model, one.cell.task) == (model, task)]
+    if not mine:
+        raise SystemExit(f"no result of {model} on {task}: run it first")
+    found = text_rows(mine, baseline) if is_text(mine[0]) else rows(mine)
+    versions = ", ".join(f"{name} {version}" for name, version in mine[0].versions.items())
+    notes = "".join(f"- {line.replace('*', chr(92) + '*')}\n" for line in footer(found))
+    return (
+        f"{markdown(found, without=('model', 'task', 'peak KV bytes'))}\n{notes}- {versions}; {mine[0].cell.dtype}.\n"
+    )
+
+
+def _policies(records: Sequence[Record]) -> str:
+    found = [*legend(rows(records)), *legend(text_rows(records))]
+    named = (one.partition(": ") for one in dict.fromkeys(found))
+    return "".join(f"- {name}: `{text}`\n" for name, _, text in named)
+
+
+def main() -> None:
+    """Write a page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--baseline")
+    given = parser.parse_args()
+    given.page.write_text(written(given.page.read_text("utf-8"), read(given.results), given.baseline), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
