@@ -1,15 +1,14 @@
-"""`kvpolicy eval` on a tiny random model: what it writes, how it goes on, what it refuses."""
+"""`kvpolicy eval` on a tiny random model: what it writes, and how it goes on."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +18,16 @@ from kvpolicy import registry
 from kvpolicy.evaluation import jobs
 from kvpolicy.evaluation.jobs import Answering, Reading
 from kvpolicy.evaluation.record import Record
-from kvpolicy.evaluation.results import Results, read
-from tests.cli.tools import Command, Result
+from kvpolicy.evaluation.results import decode, read
 from tests.core.test_registry import MODULE, package
-
-VASE = "vase(b, interval=b // 4, recent=b // 4)"
-PASSCODE = "passcode(length=96, depth=1, count=3)"  # bytes are tokens: that many hold the fact at the very end alone
-TEXT = "file('text.txt', length=96, count=3)"
-POLICIES = ("--policy", "full", "--policy", VASE, "--policy", "snapkv(b, window=b // 4)", "--budget", 24)
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(evaluate: Command, tiny_folder: Path, tmp_path: Path) -> Run:
-    """The command with the tiny model, where `text.txt` is a text and `out.jsonl` takes the results."""
-    (tmp_path / "text.txt").write_text("".join(f"Line {number} of a text that is read.\n" for number in range(80)))
-
-    def command(*arguments: object, model: Path = tiny_folder) -> Result:
-        where = ("--model", model, "--dtype", "float32", "--device", "cpu", "--out", "out.jsonl")
-        return evaluate(*where, *arguments)
-
-    return command
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The jobs that are done."""
-    found: list[Any] = []
-    call = jobs.Worker.__call__
-
-    def remember(self: jobs.Worker, job: Any) -> list[Record]:
-        found.append(job)
-        return call(self, job)
-
-    monkeypatch.setattr(jobs.Worker, "__call__", remember)
-    return found
-
+from tests.evaluation.commands import PASSCODE, POLICIES, TEXT, VASE, Run, table
 
 WHOLE = ("--task", PASSCODE, "--task", TEXT, *POLICIES, "--batch", 2, "--seed", 1)
 
 
 def timeless(path: Path) -> list[str]:
     """Return the lines of a file, without what a clock said, in an order of their own."""
-    return sorted(re.sub(r'"seconds":[0-9.e-]+', "", line) for line in path.read_text().splitlines())
-
-
-def table(result: Result) -> str:
-    assert result.code == 0, result.err
-    return result.out
+    return sorted(re.sub(r'"seconds":[0-9.e-]+', '"seconds":0', line) for line in path.read_text().splitlines())
 
 
 # --- from the command to the table
@@ -105,7 +65,7 @@ def test_records_say_what_was_asked_and_what_came(run: Run, tmp_path: Path) -> N
         assert (cell.label, cell.budget) in ((VASE, 24), ("full", 0))
         assert (cell.policy == "full") == (cell.label == "full")
         assert record.problem in {"passcode/0", "passcode/1", "passcode/2"}
-        assert (details["tokens"], details["finish"]) == (16, "length")  # this model never ends of itself
+        assert (details["finish"] == "length") == (details["tokens"] == 16)
         assert record.score == sum(details["parts"]) / len(details["parts"])
         assert 0 < details["compression"] <= 1
         assert (details["compression"] == 1) == (details["evictions"] == 0) == (cell.label == "full")
@@ -121,7 +81,7 @@ def test_a_limit_and_a_cap_and_an_own_report(run: Run, tmp_path: Path) -> None:
     assert "3 to do" in result.err
     table(result)
     records = read(tmp_path / "out.jsonl")
-    assert {record.details["tokens"] for record in records} == {3}
+    assert max(record.details["tokens"] for record in records) == 3
     assert {record.cell.task for record in records} == {f"{PASSCODE}, max_new_tokens=3"}
     assert VASE in (tmp_path / "page.md").read_text()
     assert "the report is in page.md" in result.err
@@ -211,9 +171,14 @@ def test_a_line_that_was_cut_is_dropped_and_done_again(
     assert f"{lines} of 15 problems are finished" in result.err
     found = timeless(path)
     assert len(found) == len(set(found)) == 15
-    # Rows that are done again go with fewer others, which rounds otherwise: identity and score stay.
-    keys = [{(r.cell, r.problem, r.score) for r in read(path)}, {line[:0] for line in expected}]
-    assert len(keys[0]) == 15
+    # Rows that are done again go with fewer others, which may round otherwise in float32: scores are theirs.
+    assert [without_numbers(line) for line in found] == [without_numbers(line) for line in expected]
+
+
+def without_numbers(line: str) -> tuple[Any, ...]:
+    """Return what identifies a record."""
+    record = decode(line.encode())
+    return record.cell, record.problem, sorted(record.details), record.versions
 
 
 @pytest.mark.slow
@@ -258,104 +223,3 @@ def test_more_texts_and_one_policy_more_at_once(run: Run, tmp_path: Path) -> Non
     table(result)
     assert "1 of 6 problems are finished; 5 to do" in result.err
     assert len(read(tmp_path / "out.jsonl")) == 6
-
-
-# --- what is refused
-
-
-def refused(result: Result, why: str, code: int = 2) -> None:
-    assert result.code == code, result.err
-    assert result.out == ""
-    assert re.search(why, result.error), result.error
-
-
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--policy", "full"], "there is no task: add --task"),
-        (["--task", "passcde"], "did you mean 'passcode'"),
-        (["--task", "passcode(lenght=96)"], "did you mean 'length'"),
-        (["--task", PASSCODE, "--policy", "vaze(24)"], "did you mean 'vase'"),
-        (["--task", PASSCODE, "--policy", "vase(B)", "--budget", 24], "goes nowhere"),
-        (["--task", PASSCODE, "--policy", "vase(B)", "--policy", "tova", "--budget", 24], "B"),
-        (["--task", PASSCODE, "--policy", "vase"], "has no budget: add --budget"),
-        (["--task", PASSCODE], "has no budget: add --budget"),
-        (["--task", PASSCODE, "--policy", "full", "--budget", 24], "goes nowhere"),
-        (["--task", PASSCODE, "--policy", "full", "--limit", 0], "--limit 0: it is at least 1"),
-        (["--task", PASSCODE, "--policy", "full", "--batch", 0], "--batch 0"),
-        (["--task", PASSCODE, "--policy", "full", "--seed", -1], "--seed -1"),
-        (["--task", PASSCODE, "--policy", "full", "--temperature", -1], "--temperature -1"),
-        (["--task", PASSCODE, "--policy", "full", "--top-p", 0.5], "set it, too"),
-        (["--task", PASSCODE, "--policy", "full", "--temperature", 1, "--top-p", 0], "--top-p 0"),
-        (["--task", PASSCODE, "--policy", "full", "--engine", "transformer"], "did you mean 'transformers'"),
-        (["--task", TEXT, "--policy", "full"], "is read under a policy and compared with the full cache"),
-        (["--task", "file('nowhere.txt')", "--policy", "vase(96)"], "nowhere.txt cannot be read"),
-        (["--task", "passcode(length=96, depth=0)", "--policy", "full"], "the fact is not in the last 96 tokens"),
-        (["--task", "file('text.txt', length=20)", "--policy", "vase(96)"], "texts are read from 32 tokens on"),
-    ],
-)
-def test_a_wrong_command_is_refused_before_a_model_runs(
-    arguments: list[object], why: str, run: Run, tmp_path: Path, seen: list[Any]
-) -> None:
-    refused(run(*arguments), why, code=run(*arguments).code)
-    assert run(*arguments).code in (1, 2)
-    assert seen == []
-    assert not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").read_bytes()
-
-
-def test_a_budget_that_guards_do_not_fit_is_refused_before_any_problem_is_run(
-    run: Run, tmp_path: Path, seen: list[Any]
-) -> None:
-    result = run("--task", PASSCODE, "--policy", "full", "--policy", VASE, "--policy", "vase", "--budget", 32)
-    refused(result, "recent=64")
-    assert seen == []
-    assert (tmp_path / "out.jsonl").read_bytes() == b""
-
-
-def test_a_model_that_is_not_there_is_refused(run: Run, tmp_path: Path, tiny_folder: Path) -> None:
-    asked = ("--task", PASSCODE, "--policy", "full")
-    refused(run(*asked, model=tmp_path / "nowhere"), "there is no folder")
-    refused(run(*asked, model=tmp_path), "holds no model")
-    shutil.copytree(tiny_folder, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    refused(run(*asked, model=tmp_path / "empty"), "holds no weights")
-
-
-def test_other_weights_under_the_same_name_are_another_model(run: Run, tmp_path: Path, tiny_folder: Path) -> None:
-    asked = ("--task", PASSCODE, "--policy", "full", "--limit", 1)
-    table(run(*asked))
-    copy = tmp_path / "elsewhere" / "tiny"
-    shutil.copytree(tiny_folder, copy)
-    assert "0 to do" in run(*asked, model=copy).err
-    weights = bytearray((copy / "model.safetensors").read_bytes())
-    weights[-3] ^= 1
-    (copy / "model.safetensors").write_bytes(weights)
-    assert "1 to do" in run(*asked, model=copy).err
-
-
-def test_two_runs_cannot_write_one_file(run: Run, tmp_path: Path, seen: list[Any]) -> None:
-    with Results.open(tmp_path / "out.jsonl"):
-        refused(run("--task", PASSCODE, "--policy", "full"), "is being written by another run")
-    assert seen == []
-    assert table(run("--task", PASSCODE, "--policy", "full"))
-
-
-@pytest.mark.parametrize("line", [b"{}\n", b'{"schema":2}\n', b"not json\n", b'{"schema":1,"cell":{}}\n'])
-def test_a_line_that_cannot_be_read_stops_the_run_and_stays(line: bytes, run: Run, tmp_path: Path) -> None:
-    asked = ("--task", PASSCODE, "--policy", "full")
-    (tmp_path / "out.jsonl").write_bytes(line + b'{"schema":1,"cel')
-    for arguments in (asked, ("--only-report",)):
-        refused(run(*arguments), r"out\.jsonl, line 1 cannot be read")
-        assert (tmp_path / "out.jsonl").read_bytes() == line + b'{"schema":1,"cel'
-
-
-def test_a_report_of_nothing_says_so(run: Run, tmp_path: Path) -> None:
-    refused(run("--only-report"), "cannot read results from out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
-    (tmp_path / "out.jsonl").write_bytes(b"")
-    refused(run("--only-report"), "there are no results yet")
-
-
-def test_tasks_are_listed(run: Run) -> None:
-    listed = table(run("--tasks"))
-    for name in ("gsm8k", "passcode", "pydoc"):
-        assert re.search(rf"^{name} +\w", listed, re.MULTILINE)
