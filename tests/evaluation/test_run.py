@@ -19,6 +19,7 @@ from kvpolicy.evaluation import jobs
 from kvpolicy.evaluation.jobs import Answering, Reading
 from kvpolicy.evaluation.record import Record
 from kvpolicy.evaluation.results import decode, read
+from kvpolicy.evaluation.tasks import parse
 from tests.core.test_registry import MODULE, package
 from tests.evaluation.commands import PASSCODE, POLICIES, TEXT, VASE, Run, table
 
@@ -223,3 +224,38 @@ def test_more_texts_and_one_policy_more_at_once(run: Run, tmp_path: Path) -> Non
     table(result)
     assert "1 of 6 problems are finished; 5 to do" in result.err
     assert len(read(tmp_path / "out.jsonl")) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["--task", PASSCODE, "--task", PASSCODE.replace("length=", ""), "--policy", "full"], 2),
+        (["--task", PASSCODE, "--policy", "full", "--policy", "full", "--seed", 1, "--seed", 1], 2),
+        (["--task", PASSCODE, "--policy", VASE, "--budget", 24, "--budget", 24], 2),
+        (["--task", PASSCODE, "--task", f"own({PASSCODE})", "--policy", "full", "--policy", "tova(96)"], 4 + 2),
+    ],
+    ids=["task", "seed", "budget", "own"],
+)
+def test_what_is_named_twice_is_done_once(words: list[object], count: int, run: Run, tmp_path: Path) -> None:
+    table(run(*words, "--limit", 2))
+    assert len(read(tmp_path / "out.jsonl")) in (count, count - 2)  # answers of less than 16 tokens are not read
+
+
+def test_a_models_own_answers_are_answered_once_and_read_under_each_policy(
+    run: Run, tmp_path: Path, seen: list[Any]
+) -> None:
+    task, policies = f"own({PASSCODE})", ("--policy", "full", "--policy", "tova(b, interval=4)", "--budget", 40)
+    result = run("--task", task, *policies)
+    assert "0 of 3 problems are finished; 3 to do" in result.err
+    shown = table(result)
+    records = read(tmp_path / "out.jsonl")
+    answers = [record for record in records if "output" in record.details]
+    texts = [record for record in records if "kl" in record.details]
+    assert {(record.cell.task, record.cell.policy) for record in answers} == {(PASSCODE, "full")}
+    assert {(record.cell.task, record.cell.label) for record in texts} <= {(repr(parse(task)), policies[3])}
+    assert {record.problem for record in texts} == {
+        record.problem for record in answers if record.details["tokens"] >= 16
+    }
+    seen.clear()
+    assert table(run("--task", task, *policies)) == shown
+    assert seen == []
