@@ -150,17 +150,33 @@ def test_a_passcode_stands_once_in_the_text_behind_and_the_answer_is_begun() -> 
         assert grade(problem, f" {code}.") == (True,)
 
 
-def test_passcodes_are_spread_over_all_depths_or_stand_at_one() -> None:
-    def depths(task: passcode) -> list[float]:
-        return [problem.behind.index(problem.answers[0]) / len(problem.behind) for problem in of(task)]
+def words_behind(problem: Problem) -> tuple[int, int]:
+    """Return the words of the text behind the prompt, and those from the fact on, question apart."""
+    story = problem.behind.partition("\n\n")[0]
+    return len(story.split()), len(story[story.index("The passcode of") :].split())
 
-    spread = depths(passcode(count=8))
-    assert spread == pytest.approx([(index + 0.5) / 8 for index in range(8)], abs=0.03)
-    assert depths(passcode(count=8, depth=0.25)) == pytest.approx([0.25] * 8, abs=0.03)
+
+def test_passcodes_are_spread_over_all_depths_or_stand_at_one() -> None:
+    whole = words_behind(of(passcode(count=1, depth=0))[0])[1]
+
+    def depths(task: passcode) -> list[float]:
+        return [1 - words_behind(problem)[1] / whole for problem in of(task)]
+
+    assert depths(passcode(count=8)) == pytest.approx([(index + 0.5) / 8 for index in range(8)], abs=0.04)
+    assert depths(passcode(count=8, depth=0.25)) == pytest.approx([0.25] * 8, abs=0.04)
     first, last = of(passcode(depth=0, count=1))[0], of(passcode(depth=1, count=1))[0]
-    assert first.behind.startswith("The passcode of")
     assert last.behind.partition("\n\n")[0].endswith(f"{last.answers[0]}.")
     assert first.answers == last.answers
+
+
+@pytest.mark.parametrize("length", [128, 1024, 8192])
+def test_the_text_behind_is_cut_to_one_length_and_still_holds_the_fact(length: int) -> None:
+    for problem in of(passcode(length=length, depth=0, count=4)):
+        assert problem.behind_tokens == length
+        words, from_fact = words_behind(problem)
+        # A word is a token at least, and 1.15 are assumed; what is cut off at the front is never the fact.
+        assert words >= length
+        assert 1.3 * (from_fact + 16) <= length
 
 
 def test_needles_are_in_the_prompt_and_some_are_asked_for() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy import ParameterError, Policy, UsageError
-from kvpolicy.adapters.hf import EvictionCache, replay
+from kvpolicy import Adaptive, Attention, ParameterError, PerHead, Policy, Pyramid, TopK, UsageError
+from kvpolicy.adapters.hf import EvictionCache, replay, replays
 from kvpolicy.policies import snapkv
 from tests.families import KINDS, ROUNDING
 from tests.hf.test_oracle import padded
@@ -109,3 +109,117 @@ def test_the_real_model() -> None:
     assert found.receipt.evictions == receipt.evictions == (5,)
     assert found.kl is not None
     assert found.kl.mean() > 0
+
+
+# --- many policies side by side
+
+
+def padded_text() -> tuple[Tensor, Tensor]:
+    """Return three rows of 101 columns, the first 40 of which are prompts of 40, 33 and 9 tokens, and their mask."""
+    prompts, mask = padded([40, 33, 9], 97)
+    text = torch.randint(2, 97, (3, 61), generator=torch.Generator().manual_seed(5))
+    return torch.cat([prompts, text], 1), torch.cat([mask, torch.ones_like(text)], 1)
+
+
+def side_by_side() -> list[Any]:
+    """Return policies whose evictions are due at different tokens, the last one for each row."""
+    one = [zoo(24)["vase"], zoo(30, interval=5)["h2o"], snapkv(20, window=8), zoo(200)["vase"]]
+    return [*one, [one[1], one[0], one[1]]]
+
+
+def test_many_policies_side_by_side_equal_each_alone() -> None:
+    model = tiny("llama", torch.float64)
+    ids, mask = padded_text()
+    how: dict[str, Any] = {"attention_mask": mask, "seeds": [7, 8, 9], "full": True}
+    found = replays(model, side_by_side(), ids, 40, **how)
+    assert [min(one.receipt.evictions) for one in found] == [6, 8, 0, 0, 8]
+    for policy, one in zip(side_by_side(), found, strict=True):
+        alone = replay(model, policy, ids, 40, **how)
+        assert (one.log_probs - alone.log_probs).abs().max() <= 1e-10
+        assert (one.kl - alone.kl).abs().max() <= 1e-10
+        assert torch.equal(one.agreement, alone.agreement)
+        assert one.first_eviction == alone.first_eviction
+        assert one.shares == pytest.approx(alone.shares, abs=1e-12)
+        assert one.receipt == alone.receipt
+        for layer in alone.receipt.layers:
+            assert torch.equal(one.receipt.positions(layer), alone.receipt.positions(layer))
+
+
+def test_some_columns_are_those_of_all() -> None:
+    model = tiny("llama", torch.float64)
+    ids, mask = padded_text()
+    some = [40, 47, 48, 49, 77, 100]
+    all_, few = (
+        replays(model, side_by_side()[:2], ids, 40, attention_mask=mask, columns=columns) for columns in (None, some)
+    )
+    for whole, one in zip(all_, few, strict=True):
+        assert whole.columns.tolist() == list(range(40, 101))
+        assert one.columns.tolist() == some
+        at = torch.tensor(some) - 40
+        assert whole.agreement is not None
+        for name in ("log_probs", "full_log_probs", "kl"):
+            assert (getattr(one, name) - getattr(whole, name)[:, at]).abs().max() <= 1e-10
+        assert torch.equal(one.agreement, whole.agreement[:, at])
+        assert one.shares == whole.shares
+
+
+@pytest.mark.parametrize("columns", [[], [39], [101], [50, 45], [50, 50], [-1], [[50]]])
+def test_wrong_columns_are_refused(columns: list[Any]) -> None:
+    ids, mask = padded_text()
+    with pytest.raises(UsageError, match="name columns from 40 to 100, ascending"):
+        replays(tiny("llama"), side_by_side()[:1], ids, 40, attention_mask=mask, columns=columns)
+
+
+def test_first_eviction_and_shares_are_counted_token_by_token() -> None:
+    model, policy = tiny("llama", torch.float64), zoo(24)["vase"]
+    ids, mask = padded_text()
+    shares: list[list[float]] = [[], [], []]
+    lengths = [min(24, prompt) for prompt in (40, 33, 9)]  # the prompt is cut at its end
+    with EvictionCache(model, policy) as cache:
+        for first, stop in [(0, 40), *((t, t + 1) for t in range(40, 100))]:
+            positions = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, first:]
+            model(ids[:, first:stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache)
+            for r, seen in enumerate(cache.seen if first else []):
+                shares[r].append((lengths[r] + 1) / seen)
+                lengths[r] += 1
+                if (stop - 40) % 8 == 0:
+                    lengths[r] = min(24, lengths[r])
+            assert cache.slots == lengths
+    found = replay(model, policy, ids, 40, attention_mask=mask)
+    assert found.first_eviction == (40, 33, 25)  # 9 + 16 are the first above 24 where evictions are due
+    assert found.shares == pytest.approx([sum(row) / 60 for row in shares], abs=1e-12)
+    plenty = replay(model, zoo(200)["vase"], ids, 40, attention_mask=mask)
+    assert plenty.first_eviction == plenty.receipt.seen == (100, 93, 69)
+    assert plenty.shares == (1.0, 1.0, 1.0)
+
+
+# --- what a cache says of itself between passes
+
+HEADS = {
+    "vase": TopK(24),
+    "per head": TopK(PerHead((40, 16))),
+    "adaptive": TopK(Adaptive(24)),
+    "pyramid": TopK(Pyramid(24, 4)),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+@pytest.mark.parametrize("budget", HEADS)
+def test_slots_and_bytes_are_those_of_the_receipt(family: str, budget: str) -> None:
+    model = tiny(family)
+    policy = Policy(Attention(16, over="all") >> HEADS[budget], interval=8, recent=8)
+    prompts, mask = padded([40, 33], 97)
+    with EvictionCache(model, policy) as cache:
+        assert [cache.slots, cache.evictions, cache.seen] == [[], [], []]
+        for step in range(20):
+            width = 1 if step else 40
+            positions = (mask.cumsum(1) - 1)[:, -width:].clamp(min=0)
+            model(prompts[:, -width:], attention_mask=mask, position_ids=positions, past_key_values=cache)
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+            receipt = cache.receipt()
+            counts = torch.stack([(receipt.positions(i) >= 0).sum(-1) for i in receipt.layers]).double()
+            assert cache.slots == pytest.approx(counts.mean((0, 2)).tolist(), abs=1e-9)
+            assert cache.nbytes() == receipt.peak_nbytes + receipt.other_nbytes
+            assert cache.evictions == list(receipt.evictions)
+            assert cache.seen == list(receipt.seen)
+    assert bool(receipt.other_nbytes) == (family != "llama")
