@@ -14,6 +14,8 @@ Ending = Literal["garbage", "phrase loop", "truncated", "fine"]
 
 PHRASE = re.compile(r"(.{10,40})\1{4,}")
 
+SHORT = 100  #: characters: in a shorter answer, such as ``22222``, one of them may well fill more than half
+
 TAIL = 1000  #: characters at the end that :func:`zip_ratio` compresses
 #: A ratio above this is a loop. Solutions of GSM8K reach 2.7, those of MATH-500 4.6; a phrase of 100 characters,
 #: repeated without end, gives 9, and one of 250 gives 5.
@@ -37,7 +39,7 @@ def ending(output: str, *, thinks: bool = False) -> Ending:
     >>> ending("so that " + "we wait and see, " * 5)
     'phrase loop'
     """
-    if sum(ord(letter) > 127 for letter in output[-100:]) > 30 or _fills(output[-200:]):
+    if sum(ord(letter) > 127 for letter in output[-100:]) > 30 or (len(output) >= SHORT and _fills(output[-200:])):
         return "garbage"
     if PHRASE.search(output[-500:]):
         return "phrase loop"

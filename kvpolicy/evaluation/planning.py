@@ -90,13 +90,14 @@ def cells(
             weights=weights,
             engine=model.engine,
             dtype=model.dtype,
-            task=_named(task, asking),
+            task=repr(task),
             policy=FULL,
             label=FULL,
             budget=0,
             seed=asking.seeds[0],
             temperature=0.0 if read else asking.temperature,
             top_p=1.0 if read else asking.top_p,
+            max_new_tokens=0 if read else asking.max_new_tokens or 0,
         )
         found = tuple(
             replace(full, policy=one.text, label=one.label, budget=one.budget, seed=seed)
@@ -104,7 +105,7 @@ def cells(
             if not (is_read and one.policy is None)
             for seed in asking.seeds
         )
-        first = replace(full, task=_named(task.task, asking)) if isinstance(task, own) else None
+        first = replace(full, task=repr(task.task)) if isinstance(task, own) else None
         plans.append(Plan(task, answered, read, found, first))
     return plans
 
@@ -147,7 +148,11 @@ def jobs(plan: Plan, results: Results, tokenizer: Any, asking: Asking) -> Iterat
 
 
 def later_jobs(plan: Plan, results: Results, tokenizer: Any) -> Iterator[Reading]:
-    """Yield what can be done once :func:`jobs` are: to read the model's own answers, those that go on for a while."""
+    """Yield what can be done once :func:`jobs` are: to read the model's own answers, those that go on for a while.
+
+    Raises:
+        EvaluationError: none does.
+    """
     if plan.first is None:
         return
     answers = results.finished(plan.first)
@@ -158,6 +163,8 @@ def later_jobs(plan: Plan, results: Results, tokenizer: Any) -> Iterator[Reading
         whole = [*(token for piece in prompt.pieces for token in piece), *prompt.behind]
         if len(answer) >= PROMPT_OF_TEXT:
             texts.append(_Tokens(problem.id, (*whole, *answer), len(whole)))
+    if not texts:
+        raise EvaluationError(f"{plan.task!r}: no answer has {PROMPT_OF_TEXT} tokens, and shorter ones are not read")
     yield from _readings(plan, results, texts, 1)
 
 
@@ -199,8 +206,3 @@ def _capped(problem: Problem, asking: Asking) -> Problem:
     if asking.max_new_tokens is None:
         return problem
     return replace(problem, max_new_tokens=min(problem.max_new_tokens, asking.max_new_tokens))
-
-
-def _named(task: Task, asking: Asking) -> str:
-    """Return the task's text, with a cap that makes it another task."""
-    return repr(task) if asking.max_new_tokens is None else f"{task!r}, max_new_tokens={asking.max_new_tokens}"

@@ -96,6 +96,7 @@ def command(cell: Cell, out: str = "results.jsonl") -> str:
     words += ["--budget", cell.budget] if cell.budget else []
     words += ["--seed", cell.seed, "--temperature", f"{cell.temperature:g}"]
     words += ["--top-p", f"{cell.top_p:g}"] if cell.top_p < 1 else []
+    words += ["--max-new-tokens", cell.max_new_tokens] if cell.max_new_tokens else []
     words += ["--out", out]
     return shlex.join(map(str, words))
 

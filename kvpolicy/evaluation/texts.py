@@ -27,7 +27,7 @@ def read(
 ) -> list[list[dict[str, Any]]]:
     """Return the details of each text under each policy, as :class:`~kvpolicy.evaluation.record.Record` lists them.
 
-    Means are over the tokens behind the first eviction; where nothing is evicted, over all behind the prompt.
+    Means are over the tokens behind the first eviction; where none of those is compared, over all behind the prompt.
 
     Args:
         model: of transformers.
@@ -64,7 +64,10 @@ def _details(found: Replay, row: int) -> dict[str, Any]:
         "full_log_prob": found.full_log_probs[row],
     }
     receipt = found.receipt
-    behind = found.columns >= (found.first_eviction[row] if receipt.evictions[row] else 0)
+    # The token at which something is evicted is the last one to see everything; it predicts the next one.
+    behind = found.columns > found.first_eviction[row]
+    if not receipt.evictions[row] or not bool(behind.any()):
+        behind = torch.ones_like(behind)
     old = receipt.seen[row] - receipt.capacity
     kept, somewhere = survival(receipt, 0, old) if old > 0 else (torch.ones(row + 1), torch.ones(row + 1))
     return {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvpolicy.evaluation import data as files
 from kvpolicy.evaluation.errors import DataError, EvaluationError
 from kvpolicy.evaluation.problem import Problem, Task, Text
 from kvpolicy.evaluation.tasks.named import Named
-from kvpolicy.evaluation.tasks.sets import worked_examples
+from kvpolicy.evaluation.tasks.sets import gsm8k, worked_examples
 
 __all__ = ["CHARACTERS_A_TOKEN", "TextSet", "file", "own", "pieces", "pydoc", "shakespeare", "wikitext", "worked"]
 
@@ -131,7 +131,7 @@ class own(Named):
         task: whose problems; those are answered first, and their answers kept like any others.
     """
 
-    task: Task
+    task: Task = field(default_factory=gsm8k)
 
     def __post_init__(self) -> None:
         if isinstance(self.task, TextSet | own):
