@@ -49,7 +49,7 @@ def evaluate(
     ablation: Annotated[bool, typer.Option("--ablation", help="The parts of VaSE, one by one.")] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Problems of each task, at most.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Cut answers shorter than the task does.")
+        int | None, typer.Option(metavar="N", help="Cut answers there, not where the task does.")
     ] = None,
     temperature: Annotated[float, typer.Option(metavar="F", help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(metavar="F", help="Draw from the likeliest tokens of this share.")] = 1.0,

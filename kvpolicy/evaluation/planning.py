@@ -57,7 +57,7 @@ class Asking:
         temperature: 0 takes the likeliest token.
         top_p: draw from the likeliest tokens that make up this share.
         limit: problems of each task, at most; None takes all.
-        max_new_tokens: a smaller cap than the tasks have; None leaves theirs.
+        max_new_tokens: a cap on answers in place of the tasks'; None leaves theirs.
         batch: problems answered at once.
     """
 
@@ -205,4 +205,4 @@ def _cut(text: Text, tokenizer: Any) -> _Tokens:
 def _capped(problem: Problem, asking: Asking) -> Problem:
     if asking.max_new_tokens is None:
         return problem
-    return replace(problem, max_new_tokens=min(problem.max_new_tokens, asking.max_new_tokens))
+    return replace(problem, max_new_tokens=asking.max_new_tokens)

@@ -26,7 +26,7 @@ class Cell:
         seed: of the sampling and of the policy's noise.
         temperature: 0 takes the likeliest token.
         top_p: sample from the likeliest tokens that make up this share; 1 from all.
-        max_new_tokens: a cap on answers that is smaller than the task's; 0 leaves that.
+        max_new_tokens: a cap on answers in place of the task's; 0 leaves that.
     """
 
     model: str
