@@ -178,7 +178,7 @@ def test_what_an_engine_does_not_tell_is_left_out() -> None:
 def test_the_terminal_shows_the_cells_that_fit() -> None:
     for found in (rows(answers(FULL, ONES) + answers(VASE, [0.0] * 8)), text_rows(texts(VASE, [0.1, 0.2]))):
         shown = printed(rich_tables(found))
-        assert "tiny: gsm8k (transformers, float32, temperature 0, weights 01234567)" in shown
+        assert "tiny: gsm8k (transformers, float32, temperature 0, " in shown
         for line in cells(markdown(found)):
             for name, value in line.items():
                 assert name not in NARROW or (name in shown and value.replace("\\", "") in shown)
