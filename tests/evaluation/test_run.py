@@ -83,7 +83,7 @@ def test_a_limit_and_a_cap_and_an_own_report(run: Run, tmp_path: Path) -> None:
     table(result)
     records = read(tmp_path / "out.jsonl")
     assert max(record.details["tokens"] for record in records) == 3
-    assert {record.cell.task for record in records} == {f"{PASSCODE}, max_new_tokens=3"}
+    assert {(record.cell.task, record.cell.max_new_tokens) for record in records} == {(PASSCODE, 3)}
     assert VASE in (tmp_path / "page.md").read_text()
     assert "the report is in page.md" in result.err
     assert table(run("--only-report", "--report", "folder")) == result.out
