@@ -91,6 +91,14 @@ def test_rows_that_end_early_change_nothing_for_the_others(name: str) -> None:
         assert (one.finish == "length") == (len(one.tokens) == given.max_new_tokens)
 
 
+@pytest.mark.parametrize("name", ["vase", "full"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
+def test_models_with_layers_of_other_kinds_answer_in_batches_too(family: str, name: str) -> None:
+    ours, some = TransformersEngine(loaded(family=family)), [asked(30), asked(20, new=2), asked(9, new=2)]
+    found = ours.generate(some, POLICIES[name], GREEDY, [1, 2, 3])
+    same(found, [ours.generate([one], POLICIES[name], GREEDY, [i + 1])[0] for i, one in enumerate(some)])
+
+
 def test_what_is_forgotten_makes_a_difference() -> None:
     some = [asked(60), asked(50, seed=1)]
     found = {name: [one.tokens for one in answers(some, policy)] for name, policy in POLICIES.items()}
