@@ -13,10 +13,10 @@ from tests.cli.tools import TEMPLATE, byte_tokenizer
 from tests.models import tiny
 
 
-def loaded(template: str | None = TEMPLATE, **changes: Any) -> Loaded:
+def loaded(template: str | None = TEMPLATE, family: str = "llama", **changes: Any) -> Loaded:
     """Return a tiny model in float64, whose tokens are bytes, and which ends at no token but the tokenizer's end."""
     tokenizer = byte_tokenizer(template)
-    model = tiny("llama", torch.float64, vocab_size=len(tokenizer), **changes)
+    model = tiny(family, torch.float64, vocab_size=len(tokenizer), **changes)
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] = 0  # near the middle of random logits: never the likeliest
     return Loaded("tiny", model, tokenizer)

@@ -83,7 +83,7 @@ def test_a_limit_and_a_cap_and_an_own_report(run: Run, tmp_path: Path) -> None:
     table(result)
     records = read(tmp_path / "out.jsonl")
     assert max(record.details["tokens"] for record in records) == 3
-    assert {record.cell.task for record in records} == {f"{PASSCODE}, max_new_tokens=3"}
+    assert {(record.cell.task, record.cell.max_new_tokens) for record in records} == {(PASSCODE, 3)}
     assert VASE in (tmp_path / "page.md").read_text()
     assert "the report is in page.md" in result.err
     assert table(run("--only-report", "--report", "folder")) == result.out
@@ -132,7 +132,7 @@ def whole(run: Run, tmp_path: Path, uninterrupted: dict[str, list[str]]) -> list
     return uninterrupted["lines"]
 
 
-@pytest.mark.parametrize("after", [1, 4, 7])
+@pytest.mark.parametrize("after", [1, 7])
 def test_a_run_that_was_interrupted_goes_on_to_the_same_records(
     after: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, list[str]]
 ) -> None:
@@ -157,7 +157,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_records(
     assert timeless(tmp_path / "out.jsonl") == expected
 
 
-@pytest.mark.parametrize("lines", [1, 5, 10, 13])
+@pytest.mark.parametrize("lines", [4, 10, 12])
 def test_a_line_that_was_cut_is_dropped_and_done_again(
     lines: int, run: Run, tmp_path: Path, uninterrupted: dict[str, list[str]]
 ) -> None:

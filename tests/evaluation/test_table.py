@@ -12,7 +12,17 @@ from rich.table import Table
 
 from kvpolicy.evaluation.record import Record
 from kvpolicy.evaluation.statistics import Interval, mean_interval, paired_interval, score_interval
-from kvpolicy.evaluation.table import Row, TextRow, footer, markdown, rich_table, rows, text_rows
+from kvpolicy.evaluation.table import (
+    NARROW,
+    Row,
+    TextRow,
+    footer,
+    legend,
+    markdown,
+    rich_tables,
+    rows,
+    text_rows,
+)
 from tests.evaluation.records import FULL, answer, answers, cell, text, texts
 
 VASE, SNAP = cell("vase(b)", 64), cell("snapkv(b)", 64)
@@ -25,9 +35,10 @@ def cells(page: str) -> list[dict[str, str]]:
     return [dict(zip(names, line, strict=True)) for line in lines]
 
 
-def printed(table: Table) -> str:
+def printed(tables: list[Table]) -> str:
     file = io.StringIO()
-    Console(file=file, width=400).print(table)
+    for table in tables:
+        Console(file=file, width=400).print(table)
     return file.getvalue()
 
 
@@ -164,20 +175,36 @@ def test_what_an_engine_does_not_tell_is_left_out() -> None:
     assert list(line) == ["model", "task", "policy", "budget", "n", "score, %", "tokens", "cut short, %"]
 
 
-def test_both_tables_have_the_same_cells() -> None:
+def test_the_terminal_shows_the_cells_that_fit() -> None:
     for found in (rows(answers(FULL, ONES) + answers(VASE, [0.0] * 8)), text_rows(texts(VASE, [0.1, 0.2]))):
-        shown = printed(rich_table(found, "a [title]"))
-        assert "a [title]" in shown
+        shown = printed(rich_tables(found))
+        assert "tiny: gsm8k (transformers, float32, temperature 0, " in shown
         for line in cells(markdown(found)):
             for name, value in line.items():
-                assert name in shown
-                assert value.replace("\\", "") in shown
+                assert name not in NARROW or (name in shown and value.replace("\\", "") in shown)
+        assert "peak KV bytes" not in shown
+
+
+def test_each_model_and_task_has_a_table() -> None:
+    found = rows([answer(replace(one, task=task)) for one in (FULL, VASE) for task in ("gsm8k", "a [task]")])
+    tables = rich_tables(found)
+    assert [str(table.title).partition(" (")[0] for table in tables] == [r"tiny: a \[task]", "tiny: gsm8k"]
+    assert [table.row_count for table in tables] == [2, 2]
+    assert "tiny: a [task] (" in printed(tables)
+    assert rich_tables([]) == []
+
+
+def test_a_policy_that_has_a_name_is_shown_by_it_and_explained() -> None:
+    found = rows([answer(cell("VaSE: vase(b)", 64)), answer(VASE), answer(cell("VaSE: vase(b)", 128))])
+    assert [line["policy"] for line in cells(markdown(found))].count("VaSE") == 2
+    assert legend(found) == ["VaSE: vase(b)"]
+    assert "VaSE: " not in printed(rich_tables(found))
 
 
 def test_a_label_breaks_no_table() -> None:
     [row] = rows([answer(cell("Policy(a|b) * [red]", 64))])
     assert "| Policy(a\\|b) \\* [red] |" in markdown([row])
-    assert "Policy(a|b) * [red]" in printed(rich_table([row], ""))
+    assert "Policy(a|b) * [red]" in printed(rich_tables([row]))
 
 
 def test_the_footer_says_what_a_budget_is_and_how_intervals_are_made() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvpolicy.evaluation.errors import DataError
+from kvpolicy.evaluation.errors import DataError, EvaluationError
 from kvpolicy.evaluation.grading import grade
 from kvpolicy.evaluation.problem import Problem, Task, Text
 from kvpolicy.evaluation.tasks import (
@@ -20,6 +20,7 @@ from kvpolicy.evaluation.tasks import (
     many,
     math500,
     needles,
+    own,
     parse,
     passcode,
     svamp,
@@ -66,7 +67,8 @@ def of(task: Task, data: Path | None = None) -> list[Problem]:
 
 
 def every(data: Path) -> list[Task]:
-    return [make(str(data / "mine.txt")) if make is file else make() for make in BUILT_IN.values()]
+    made: dict[Any, Task] = {file: file(str(data / "mine.txt")), own: own(passcode(count=2))}
+    return [made.get(make) or make() for make in BUILT_IN.values()]
 
 
 def test_every_task_is_one_and_the_same_when_it_is_made_again(data: Path) -> None:
@@ -241,3 +243,9 @@ def test_a_short_text_gives_fewer_and_none_is_an_error(data: Path) -> None:
     assert len(file(path, length=900, count=32).problems(data)) == 2
     with pytest.raises(DataError, match="write a smaller length"):
         file(path, length=10_000).problems(data)
+
+
+def test_own_answers_are_of_problems_that_are_answered() -> None:
+    assert own(passcode(count=2)).problems(None) == list(passcode(count=2).problems(None))
+    with pytest.raises(EvaluationError, match=r"task=pydoc is read, not answered; write, say, own\(gsm8k\)"):
+        parse("own(pydoc)")
