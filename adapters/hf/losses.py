@@ -44,13 +44,12 @@ def losses(
 
     Args:
         model: as it was made, bound to no cache.
-        full: holds the text up to the last column but one; those from ``first`` on are fed again.
+        full: holds the text before ``first``; it is fed the rest.
         tokens: ``[requests, columns]``, without pads.
         first: the first of the last columns.
         kept: what was held when ``first`` was fed.
     """
     stop = tokens.shape[1] - 1
-    full.crop(first - stop)
     attends = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the one that says what it attends to
     try:
@@ -60,13 +59,26 @@ def losses(
     finally:
         model.set_attn_implementation(attends)
     cache: Any = full
+    which = _attending(model, len(attention))
     found: list[Losses] = []
     for receipt in kept:
-        both = [_lost(attention[i], cache.layers[i].values, receipt.positions(i), first) for i in receipt.layers]
+        both = [_lost(attention[which[i]], cache.layers[i].values, receipt.positions(i), first) for i in receipt.layers]
         found.append(
             Losses(receipt.layers, torch.stack([mass for mass, _ in both], 1), torch.stack([out for _, out in both], 1))
         )
     return found
+
+
+def _attending(model: PreTrainedModel, count: int) -> dict[int, int]:
+    """Return which of ``count`` attentions belongs to which layer: layers of other kinds have none."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ["attention"] * count
+    layers = range(len(kinds)) if len(kinds) == count else [i for i, kind in enumerate(kinds) if _attends(kind)]
+    return dict(zip(layers, range(count), strict=True))
+
+
+def _attends(kind: str) -> bool:
+    return "attention" in kind and not kind.startswith("linear")
 
 
 def _lost(attention: Tensor, values: Tensor, kept: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -84,11 +96,11 @@ def _lost(attention: Tensor, values: Tensor, kept: Tensor, first: int) -> tuple[
     there[..., first:] = True
     weights = attention.float().view(rows, heads, query_heads // heads, queries, count)
     left = weights * there[:, :, None, None]
-    share = left.sum(-1, keepdim=True)
+    lost = (weights.sum(-1, keepdim=True) - left.sum(-1, keepdim=True)).clamp(min=0)  # a sink logit has a share, too
     whole = weights @ values.float()[:, :, None]
-    apart = (left / share.clamp(min=1e-9)) @ values.float()[:, :, None] - whole
+    apart = (left / (1 - lost).clamp(min=1e-9)) @ values.float()[:, :, None] - whole
     error = apart.norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-9)
-    return (1 - share).clamp(min=0).mean((1, 2, 3, 4)).cpu(), error.mean((1, 2, 3)).cpu()
+    return lost.mean((1, 2, 3, 4)).cpu(), error.mean((1, 2, 3)).cpu()
 
 
 def held(kept: Tensor, count: int) -> Tensor:

@@ -102,11 +102,15 @@ class Passes(Cache, binding.Evicting):
             for r in range(self.num_requests)
         ]
 
-    def nbytes(self) -> int:
-        """Return the bytes that all layers hold, and those that the largest turn so far held besides."""
+    def nbytes(self, *, turns: bool = True) -> int:
+        """Return the bytes that all layers hold.
+
+        Args:
+            turns: add what the largest turn so far held besides, of one layer at a time.
+        """
         stores = sum(group.store.nbytes() for group in self.groups if group.store is not None)
-        turns = max((group.turn_nbytes for group in self.groups), default=0)
-        return stores + turns + sum(map(others.nbytes, self._others()))
+        besides = max((group.turn_nbytes for group in self.groups), default=0) if turns else 0
+        return stores + besides + sum(map(others.nbytes, self._others()))
 
     def until_eviction(self) -> int:
         """Return how many tokens can be decoded before an eviction is due in some row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -149,6 +150,8 @@ def replays(
             "probe=True compares with the full cache, without pads: write full=True, and rows of one length"
         )
     behind = tokens.shape[1] - prompt_length
+    if probe and behind < 2:
+        raise UsageError("probe=True asks tokens behind the prompt, and all but the last one are prompt")
     with ExitStack() as stack:
         runs = [
             _Run(
@@ -170,10 +173,10 @@ def replays(
         while first < stop:
             last = stop == tokens.shape[1] - 1
             targets = compared[(first < compared) & (compared <= stop)]
+            before = copy.deepcopy(reference) if last and probe else None  # not every cache can go back
             known = None if reference is None else _log_softmax(model, reference, tokens, mask, first, stop, targets)
             for run in runs:
-                if last and probe:
-                    run.kept = run.cache.receipt()
+                run.kept = run.cache.receipt() if last and probe else None
                 run.take(_log_softmax(model, run.cache, tokens, mask, first, stop, targets), known, tokens[:, targets])
                 run.count(stop - first, in_prompt=first == 0)
             if progress is not None:
@@ -183,8 +186,8 @@ def replays(
         for run in runs:
             run.receipt = run.cache.receipt()
     lost: list[Losses] | list[None] = [None] * len(runs)
-    if probe and reference is not None:
-        lost = losses(model, reference, tokens, begun, [run.kept for run in runs if run.kept is not None])
+    if before is not None:
+        lost = losses(model, before, tokens, begun, [run.kept for run in runs if run.kept is not None])
     return [run.finished(compared, one) for run, one in zip(runs, lost, strict=True)]
 
 

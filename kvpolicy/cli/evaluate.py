@@ -159,7 +159,7 @@ def _run(
         for model in models:
             tokenizer: Any = load_tokenizer(model.name)
             plans = cells(model, fingerprint(folder_of(model.name)), parsed, filled, asking, data)
-            work = [job for plan in plans for job in jobs(plan, results, tokenizer, asking)]
+            work = list(jobs(plans, results, tokenizer, asking))
             left, of = sum(map(size, work)), sum(one.records for one in plans)
             console.note(f"{model.name}: {of - left} of {of} problems are finished; {left} to do, results in {out}")
             worker = Worker(model, list(dict.fromkeys(cell.policy for plan in plans for cell in plan.cells)))

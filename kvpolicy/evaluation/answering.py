@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class TransformersEngine:
         rows = [_Row(one.max_new_tokens, _generator(drawing, name)) for one, name in zip(asked, names, strict=True)]
         with self._cache(asked, policy, drawing, names) as cache:
             mask, logits = self._feed(cache, asked)
+            for row in rows:
+                row.nbytes = cache.nbytes() // len(rows) if isinstance(cache, EvictionCache) else 0
             self._answer(cache, mask, logits, rows, drawing)
         return [row.generation() for row in rows]
 
@@ -147,11 +150,12 @@ class TransformersEngine:
                 if row.finish is None:
                     row.take(tokens[r], shares[r], self.ends)
                     if row.finish is not None:
-                        row.nbytes, row.evictions = _held(cache, mask, r)
+                        nbytes, row.evictions = _held(cache, mask, r)
+                        row.nbytes = max(row.nbytes, nbytes)
             alive = [r for r, row in enumerate(rows) if row.finish is None]
             if not alive:
                 return
-            if 2 * len(alive) <= len(rows):
+            if 2 * len(alive) <= len(rows) and _can_drop(cache):
                 cache, mask = _only(cache, alive), mask[alive]
                 rows, tokens = [rows[r] for r in alive], [tokens[r] for r in alive]
             mask, logits = self._continue(cache, mask, torch.tensor(tokens)[:, None])
@@ -193,7 +197,8 @@ def _ends(loaded: Loaded) -> frozenset[int]:
 
 
 def _generator(drawing: Drawing, name: int) -> torch.Generator:
-    return torch.Generator().manual_seed((drawing.seed << 32 | name) & (2**63 - 1))
+    # On a CPU torch takes 32 bits of a seed.
+    return torch.Generator().manual_seed(zlib.crc32(f"{drawing.seed} {name}".encode()))
 
 
 def _pick(logits: Tensor, row: _Row, drawing: Drawing) -> int:
@@ -216,8 +221,13 @@ def _shares(cache: Any, rows: int) -> list[float]:
 def _held(cache: Any, mask: Tensor, row: int) -> tuple[int, int]:
     """Return the bytes that the cache holds of one row, pads apart, and its evictions."""
     if isinstance(cache, EvictionCache):
-        return cache.nbytes() // cache.num_requests, cache.evictions[row]
+        return cache.nbytes(turns=False) // cache.num_requests, cache.evictions[row]
     return held_bytes(cache) * int(mask[row].sum()) // mask.numel(), 0
+
+
+def _can_drop(cache: Any) -> bool:
+    """Return whether rows can be taken out of a cache: of transformers' linear layers, they cannot."""
+    return isinstance(cache, EvictionCache) or all(hasattr(one, "batch_select_indices") for one in cache.layers)
 
 
 def _only(cache: Any, rows: list[int]) -> Any:

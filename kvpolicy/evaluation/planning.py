@@ -79,7 +79,7 @@ def cells(
         CommandError: texts are read, and nothing evicts or the engine cannot.
     """
     plans = []
-    for task in tasks:
+    for task in dict.fromkeys(tasks):
         problems = list(task.problems(data))[: asking.limit]
         read = tuple(one for one in problems if isinstance(one, Text))
         answered = tuple(_capped(one, asking) for one in problems if isinstance(one, Problem))
@@ -103,7 +103,7 @@ def cells(
             replace(full, policy=one.text, label=one.label, budget=one.budget, seed=seed)
             for one in policies
             if not (is_read and one.policy is None)
-            for seed in asking.seeds
+            for seed in dict.fromkeys(asking.seeds)
         )
         first = replace(full, task=repr(task.task)) if isinstance(task, own) else None
         plans.append(Plan(task, answered, read, found, first))
@@ -124,8 +124,8 @@ def _insist(
         )
 
 
-def jobs(plan: Plan, results: Results, tokenizer: Any, asking: Asking) -> Iterator[Job]:
-    """Yield what is not finished yet, the longest problems first.
+def jobs(plans: Sequence[Plan], results: Results, tokenizer: Any, asking: Asking) -> Iterator[Job]:
+    """Yield what is not finished yet, the longest problems of each cell first.
 
     Batches are made of all problems, whatever is finished, so that a run that was killed goes on with
     the batches that it would have had.
@@ -133,18 +133,27 @@ def jobs(plan: Plan, results: Results, tokenizer: Any, asking: Asking) -> Iterat
     Raises:
         EvaluationError: a problem cannot be put into tokens, or a text is too short.
     """
+    answered: set[Cell] = set()
+    for plan in plans:
+        cells_ = plan.cells if plan.first is None else (plan.first,)
+        if plan.answered:
+            yield from _answerings(plan, [cell for cell in cells_ if cell not in answered], results, tokenizer, asking)
+            answered.update(cells_)
+        if plan.read:
+            texts = [_cut(one, tokenizer) for one in plan.read]
+            yield from _readings(plan, results, texts, min(asking.batch, TEXTS_AT_ONCE))
+
+
+def _answerings(
+    plan: Plan, of: Sequence[Cell], results: Results, tokenizer: Any, asking: Asking
+) -> Iterator[Answering]:
     asked = [render(one, tokenizer) for one in plan.answered]
-    answering = plan.cells if plan.first is None else (plan.first,)
-    for cell in answering if plan.answered else ():
+    for cell in of:
         finished = results.finished(cell)
         for number, batch in enumerate(batches(asked, asking.batch)):
             left = [i for i in batch if plan.answered[i].id not in finished]
             if left:
                 yield Answering(cell, number, tuple(plan.answered[i] for i in left), tuple(asked[i] for i in left))
-    if plan.read:
-        yield from _readings(
-            plan, results, [_cut(one, tokenizer) for one in plan.read], min(asking.batch, TEXTS_AT_ONCE)
-        )
 
 
 def later_jobs(plan: Plan, results: Results, tokenizer: Any) -> Iterator[Reading]:
@@ -184,12 +193,16 @@ def _readings(plan: Plan, results: Results, texts: Sequence[_Tokens], size: int)
     for number, at in enumerate(range(0, len(texts), size)):
         batch = texts[at : at + size]
         for group in groups:
-            of_group = [cell for cell in plan.cells if (cell.budget, cell.seed) == group]
-            left = tuple(cell for cell in of_group if any(one.id not in done[cell] for one in batch))
-            here = [one for one in batch if any(one.id not in done[cell] for cell in left)]
-            if here:
-                ids, tokens = tuple(one.id for one in here), tuple(one.tokens for one in here)
-                yield Reading(left, number, ids, tokens, here[0].prompt)
+            # Cells of which the same texts are left are read side by side.
+            left: dict[tuple[_Tokens, ...], list[Cell]] = {}
+            for cell in plan.cells:
+                if (cell.budget, cell.seed) == group:
+                    here = tuple(one for one in batch if one.id not in done[cell])
+                    left.setdefault(here, []).append(cell)
+            for here, of_group in left.items():
+                if here:
+                    ids, tokens = tuple(one.id for one in here), tuple(one.tokens for one in here)
+                    yield Reading(tuple(of_group), number, ids, tokens, here[0].prompt)
 
 
 def _cut(text: Text, tokenizer: Any) -> _Tokens:

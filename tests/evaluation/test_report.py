@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,6 +140,7 @@ def test_a_figure_shows_scores_with_their_intervals() -> None:
 
     found = rows(answers(FULL, [1.0] * 8) + answers(VASE, [0.0, 1.0] * 4) + answers(cell("vase(b)", 128), [1.0] * 8))
     [axes] = plots.score_against_budget(found).axes
+    points: Any
     [points] = [container for container in axes.containers if container.get_label() == "vase(b)"]
     assert list(points.lines[0].get_xdata()) == [64, 128]
     assert list(points.lines[0].get_ydata()) == [50, 100]

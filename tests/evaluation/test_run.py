@@ -238,7 +238,7 @@ def test_more_texts_and_one_policy_more_at_once(run: Run, tmp_path: Path) -> Non
 )
 def test_what_is_named_twice_is_done_once(words: list[object], count: int, run: Run, tmp_path: Path) -> None:
     table(run(*words, "--limit", 2))
-    assert len(read(tmp_path / "out.jsonl")) in (count, count - 2)  # answers of less than 16 tokens are not read
+    assert count - 2 <= len(read(tmp_path / "out.jsonl")) <= count  # answers of less than 16 tokens are not read
 
 
 def test_a_models_own_answers_are_answered_once_and_read_under_each_policy(

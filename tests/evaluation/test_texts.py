@@ -137,7 +137,7 @@ def planned(path: Path, task: Some, policies: list[str], **asking: Any) -> list[
     how = Asking(**asking)
     (plan,) = cells(Model("m", "float32", "cpu"), "w", [task], fill(policies, []), how, None)
     with Results.open(path) as results:
-        made = list(jobs(plan, results, byte_tokenizer(None), how))
+        made = list(jobs([plan], results, byte_tokenizer(None), how))
     assert all(isinstance(job, Reading) for job in made)
     return made  # type: ignore[return-value]
 
