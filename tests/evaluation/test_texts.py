@@ -178,7 +178,7 @@ def test_only_what_is_missing_is_read(tmp_path: Path) -> None:
 
 def test_no_text_is_read_twice_under_a_policy(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    (one,) = planned(path, Some(1), ["vase(96)"])
+    (one,) = planned(path, Some(3), ["vase(96)"], limit=1)
     finish(path, one, one.ids)
     made = planned(path, Some(3), ["vase(96)", "tova(96)"])
     pairs = [(cell.label, text) for job in made for cell in job.cells for text in job.ids]
