@@ -5,6 +5,7 @@ from kvpolicy.policies.keydiff import keydiff
 from kvpolicy.policies.knorm import knorm
 from kvpolicy.policies.pyramidkv import pyramidkv
 from kvpolicy.policies.random_eviction import random_eviction
+from kvpolicy.policies.recommended import recommended
 from kvpolicy.policies.rkv import rkv
 from kvpolicy.policies.snapkv import snapkv
 from kvpolicy.policies.streaming_llm import streaming_llm
@@ -17,6 +18,7 @@ __all__ = [
     "knorm",
     "pyramidkv",
     "random_eviction",
+    "recommended",
     "rkv",
     "snapkv",
     "streaming_llm",

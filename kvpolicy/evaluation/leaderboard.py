@@ -22,12 +22,15 @@ LEADERBOARD = (
     "random + prompt, noise stays: random_eviction(b, redraw=False, interval=b // 8, recent=b // 8)",
     "random: Policy(Constant() >> Stochastic() >> TopK(b), interval=b // 8, recent=b // 8)",
     "random, noise stays: Policy(Constant() >> Stochastic(redraw=False) >> TopK(b), interval=b // 8, recent=b // 8)",
+    "recommended: recommended(b, interval=b // 8, recent=b // 8)",
     "evict largest values: Policy(-1 * ValueNorm() >> Sinks(4) >> TopK(b), interval=b // 8, recent=b // 8)",
 )
 
 #: What ``--quick`` compares.
 QUICK = tuple(
-    one for one in LEADERBOARD if one.partition(": ")[0] in ("full", "VaSE", "R-KV", "SnapKV", "random + prompt")
+    one
+    for one in LEADERBOARD
+    if one.partition(": ")[0] in ("full", "VaSE", "R-KV", "SnapKV", "random + prompt", "recommended")
 )
 
 _ATTENTION = "Attention(b // 8)"

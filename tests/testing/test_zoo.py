@@ -17,6 +17,7 @@ from kvpolicy import (
     Prompt,
     Recency,
     Redundancy,
+    Reservoir,
     Sinks,
     Stochastic,
     TopK,
@@ -44,6 +45,7 @@ ZOO = {
     "pyramidkv": small(policies.pyramidkv(BUDGET, beta=4, window=4)),
     "random_eviction": small(policies.random_eviction(BUDGET)),
     "reservoir": small(policies.random_eviction(BUDGET, redraw=False)),
+    "recommended": small(policies.recommended(BUDGET)),
     "rkv": small(policies.rkv(BUDGET, window=6)),
     "snapkv": small(policies.snapkv(BUDGET, window=4)),
     "streaming_llm": small(policies.streaming_llm(BUDGET)),
@@ -53,6 +55,7 @@ ZOO = {
 }
 
 COMPOSED = {
+    "spans": Policy(Attention(4) >> Reservoir(0.4, span=2) >> TopK(BUDGET), interval=4, recent=3),
     "adaptive": Policy(Attention(4, over="all") >> TopK(Adaptive(BUDGET)), interval=4, recent=3),
     "adaptive, shared again": Policy(
         AccumulatedAttention(4) >> ValueGuard(0.25) >> Stochastic() >> TopK(Adaptive(BUDGET, 0.5, refresh=2)),

@@ -1,0 +1,32 @@
+"""The policy that this project recommends, and why: https://kvpolicy.readthedocs.io/en/latest/results/."""
+
+from kvpolicy import AccumulatedAttention, Attention, Normalize, Policy, Prompt, TopK, ValueGuard
+
+__all__ = ["recommended"]
+
+
+def recommended(
+    budget: int, *, share: float = 0.5, prompt: float = 0.25, interval: int = 64, recent: int = 64
+) -> Policy:
+    """Return the recommended mixture: what is attended to now, what was all along, the largest values, the prompt.
+
+    Attention of the newest queries keeps what the next tokens need, as SnapKV and VaSE do; attention
+    added up over all queries, as H2O does, keeps what was needed long ago; half of the slots go to the
+    largest values, twice VaSE's share, which in our measurements keeps facts that were stated once. The
+    ends of the prompt stay. Nothing is drawn at random.
+
+    Args:
+        budget: slots kept per KV head.
+        share: of the budget, for the largest values, the four sinks among them.
+        prompt: share of the budget for the prompt; both ends of a longer one stay.
+        interval: decoded tokens between two evictions.
+        recent: the last tokens, which always stay, and queries asked.
+
+    Source: none; a mixture of H2O (arXiv 2306.14048), SnapKV (arXiv 2404.14469), VaSE (arXiv
+    2606.03928) and boundary protection (arXiv 2605.18053), chosen by measurement.
+
+    >>> recommended(1024)
+    Policy(... >> Prompt(share=0.25) >> ValueGuard(share=0.5) >> TopK(1024))
+    """
+    attended = (AccumulatedAttention(max(64, interval)) >> Normalize("sum")) + (Attention(recent) >> Normalize("sum"))
+    return Policy(attended >> Prompt(prompt) >> ValueGuard(share) >> TopK(budget), interval=interval, recent=recent)
