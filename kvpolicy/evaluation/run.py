@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ def _done(worker: Worker, work: Sequence[Job], cluster: Cluster | None) -> Itera
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[Sequence[Record]], None]]:
+def _progress(total: int) -> Generator[Callable[[Sequence[Record]], None]]:
     """Show what is done: a bar on a terminal, a line a batch elsewhere."""
     console = stderr()
     if console.is_terminal:

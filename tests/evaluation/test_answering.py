@@ -188,6 +188,7 @@ def test_turns_are_separate_forward_passes_through_one_cache(name: str) -> None:
         cache: Any = DynamicCache(config=engine().model.config)
         if policy is not None:
             cache = EvictionCache(engine().model, policy, max_new_tokens=24, seeds=[0], requests=[100 + r])
+        logits = torch.empty(0)
         for piece in one.pieces:
             logits = engine().model(torch.tensor([piece]), past_key_values=cache).logits
         tokens = [int(logits[0, -1].argmax())]
