@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,14 +20,9 @@ from kvpolicy.evaluation.record import Record
 from kvpolicy.evaluation.results import decode, read
 from kvpolicy.evaluation.tasks import parse
 from tests.core.test_registry import MODULE, package
-from tests.evaluation.commands import PASSCODE, POLICIES, TEXT, VASE, Run, table
+from tests.evaluation.commands import PASSCODE, POLICIES, TEXT, VASE, Run, table, timeless
 
 WHOLE = ("--task", PASSCODE, "--task", TEXT, *POLICIES, "--batch", 2, "--seed", 1)
-
-
-def timeless(path: Path) -> list[str]:
-    """Return the lines of a file, without what a clock said, in an order of their own."""
-    return sorted(re.sub(r'"seconds":[0-9.e-]+', '"seconds":0', line) for line in path.read_text().splitlines())
 
 
 # --- from the command to the table

@@ -13,6 +13,7 @@ import pytest
 
 from kvpolicy.cli.errors import CommandError, RunError
 from kvpolicy.evaluation.spread import _insist, spread
+from tests.evaluation.commands import PASSCODE, POLICIES, TEXT, Run, table, timeless
 
 WORKERS = 2
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: make test-ray")
@@ -129,6 +130,18 @@ def test_a_caller_that_has_enough_frees_the_workers(tmp_path: Path) -> None:
     while ray.available_resources().get("CPU", 0) < WORKERS and time.monotonic() < until:
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == WORKERS
+
+
+@needs_ray
+@pytest.mark.usefixtures("cluster")
+def test_the_command_spread_over_two_workers_finds_what_one_process_finds(run: Run, tmp_path: Path) -> None:
+    asked = ("--task", PASSCODE, "--task", TEXT, *POLICIES, "--batch", 2)
+    table(run(*asked))
+    expected = timeless(tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl").unlink()
+    result = run(*asked, "--ray", "local", "--workers", WORKERS)
+    table(result)
+    assert timeless(tmp_path / "out.jsonl") == expected
 
 
 def test_more_than_a_cluster_has_is_refused_and_not_waited_for() -> None:
