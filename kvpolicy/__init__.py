@@ -23,7 +23,7 @@ from kvpolicy.errors import (
     UntestedVersionWarning,
     UsageError,
 )
-from kvpolicy.guards import Prompt, Reservoir, Sinks, ValueGuard
+from kvpolicy.guards import Prompt, Sinks, ValueGuard
 from kvpolicy.heads import Adaptive, PerHead
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.scorers import (
@@ -85,7 +85,6 @@ __all__ = [
     "Pyramid",
     "Recency",
     "Redundancy",
-    "Reservoir",
     "Scorer",
     "Scores",
     "Selector",

@@ -9,14 +9,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from kvpolicy import _check, noise
+from kvpolicy import _check
 from kvpolicy.scorers.tokens import Norm, magnitude
 from kvpolicy.scores import Scores, Tier, mask_of, order_key, top
 from kvpolicy.stage import Transform
 from kvpolicy.token_number import TokenNumber
 from kvpolicy.view import StageState, View
 
-__all__ = ["Prompt", "Reservoir", "Sinks", "ValueGuard"]
+__all__ = ["Prompt", "Sinks", "ValueGuard"]
 
 
 def part(budget: Tensor, share: float) -> Tensor:
@@ -137,50 +137,3 @@ class Prompt(Transform):
         at = view.positions
         inside = (at < first) | ((at >= length - last) & (at < length))
         return scores.guard(view.candidates & inside, Tier.PROMPT)
-
-
-@dataclass(frozen=True, repr=False)
-class Reservoir(Transform):
-    """Protect whole spans of the past, drawn at random once and for all, the same in every head and layer.
-
-    Every span of neighbouring positions has a random number, which stays with it; those with the
-    largest numbers are protected, as many as fit into the share. What is protected is a uniform
-    sample of all that was ever seen, however many evictions there were, and a fact that was stated
-    once is there as a whole or not at all.
-
-    Args:
-        share: of the budget, rounded down.
-        span: neighbouring positions that stay or go together.
-        seed: of the numbers, beside the seed of each row.
-
-    Source: none; a reservoir (Vitter, 1985) of spans. Random numbers that stay with a token are
-    ``Stochastic(redraw=False)``, and the priorities of Nexus Sampling (arXiv 2606.23961).
-
-    >>> from kvpolicy import Policy, TopK
-    >>> Policy(Reservoir(0.25) >> TopK(1024))
-    Policy(Reservoir(0.25) >> TopK(1024))
-    """
-
-    share: float
-    span: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check.number(self, "share", self.share, 0, 1, above=True)
-        _check.integer(self, "span", self.span, 1)
-        _check.integer(self, "seed", self.seed, 0, 2**63 - 1)
-
-    def reserved(self, budget: int) -> int:
-        """Return the share of the budget, rounded down."""
-        return math.floor(budget * self.share + 1e-9)
-
-    def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
-        """Return the scores with the drawn spans of each head protected."""
-        candidates = view.candidates
-        stream = noise.stream(view, self.seed, per_head=False, per_layer=False, redraw=False)
-        drawn = noise.uniform_bits(stream, view.positions.clamp(min=0) // self.span)
-        numbers = (drawn >> 8).to(torch.float32)  # 24 bits are exact in float32
-        key = torch.where(candidates, order_key(numbers, view.positions), -1)
-        count = torch.minimum(part(view.budget, self.share), candidates.sum(-1))
-        slots, chosen = top(key, count, self.reserved(view.max_budget))
-        return scores.guard(mask_of(slots, chosen, view.shape[2]), Tier.VALUE)

@@ -38,16 +38,13 @@ def _absorb(key: tuple[Tensor, Tensor], word: Tensor | int) -> tuple[Tensor, Ten
     return a, b
 
 
-def stream(
-    view: View, seed: int, *, per_head: bool = True, per_layer: bool = True, redraw: bool = True
-) -> tuple[Tensor, Tensor]:
+def stream(view: View, seed: int, *, per_head: bool = True, redraw: bool = True) -> tuple[Tensor, Tensor]:
     """Return the key of a stage's randomness: two 32-bit words for each row, or row and head.
 
     Args:
         view: names the rows, the heads and the stage.
         seed: of the stage.
         per_head: give each KV head its own numbers; otherwise the heads of a row share them.
-        per_layer: give each layer its own numbers; otherwise the layers of a request share them.
         redraw: give each eviction its own numbers; otherwise a token's number stays with it.
 
     Returns:
@@ -61,7 +58,7 @@ def stream(
         key = _absorb(key, rows & _MASK)
         key = _absorb(key, (rows >> 32) & _MASK)
     key = _absorb(key, view.stage)
-    key = _absorb(key, view.layer if per_layer else 0)
+    key = _absorb(key, view.layer)
     key = _absorb(key, view.draw & _MASK if redraw else 0)
     a, b = key[0][:, None], key[1][:, None]
     if per_head:

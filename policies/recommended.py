@@ -6,7 +6,7 @@ __all__ = ["recommended"]
 
 
 def recommended(
-    budget: int, *, share: float = 0.5, prompt: float = 0.25, interval: int = 64, recent: int = 64
+    budget: int, *, share: float = 0.5, prompt: float = 0.25, interval: int = 64, recent: int | None = None
 ) -> Policy:
     """Return the recommended mixture: what is attended to now, what was all along, the largest values, the prompt.
 
@@ -20,7 +20,7 @@ def recommended(
         share: of the budget, for the largest values, the four sinks among them.
         prompt: share of the budget for the prompt; both ends of a longer one stay.
         interval: decoded tokens between two evictions.
-        recent: the last tokens, which always stay, and queries asked.
+        recent: the last tokens, which always stay, and queries asked; an eighth of the budget, 64 at most, where None.
 
     Source: none; a mixture of H2O (arXiv 2306.14048), SnapKV (arXiv 2404.14469), VaSE (arXiv
     2606.03928) and boundary protection (arXiv 2605.18053), chosen by measurement.
@@ -28,5 +28,6 @@ def recommended(
     >>> recommended(1024)
     Policy(... >> Prompt(share=0.25) >> ValueGuard(share=0.5) >> TopK(1024))
     """
+    recent = min(64, max(1, budget // 8)) if recent is None else recent
     attended = (AccumulatedAttention(max(64, interval)) >> Normalize("sum")) + (Attention(recent) >> Normalize("sum"))
     return Policy(attended >> Prompt(prompt) >> ValueGuard(share) >> TopK(budget), interval=interval, recent=recent)

@@ -22,6 +22,7 @@ from kvpolicy.receipt import Receipt
 
 __all__ = ["Replay", "replay", "replays"]
 
+_PROBED = 16  #: tokens at the end whose attention is asked for
 _UNLIMITED = 256  #: tokens at once where nothing is evicted behind the prompt
 
 
@@ -128,7 +129,8 @@ def replays(
         prompt_length: columns of the prompt, pads among them.
         attention_mask: ``[requests, columns]``, 0 where a pad stands, or None.
         full: compare with the full cache, which must fit into memory.
-        probe: ask, too, what the attention of the last tokens lost; needs ``full``, and rows without pads.
+        probe: ask, too, what the attention of the last 16 tokens lost, of what was held before them; needs
+            ``full``, and rows without pads.
         columns: compare these columns of the text alone, ascending, all of them behind the prompt: most of the
             time goes into the vocabulary.
         seeds: of each request's randomness.
@@ -169,25 +171,28 @@ def replays(
             for policy in policies
         ]
         reference = DynamicCache(config=model.config) if full else None
+        edge = max(prompt_length, tokens.shape[1] - 1 - _PROBED)
+        before: DynamicCache | None = None
         first, stop = 0, prompt_length
         while first < stop:
-            last = stop == tokens.shape[1] - 1
+            probing = probe and first == edge
             targets = compared[(first < compared) & (compared <= stop)]
-            before = copy.deepcopy(reference) if last and probe else None  # not every cache can go back
+            before = copy.deepcopy(reference) if probing else before  # not every cache can go back
             known = None if reference is None else _log_softmax(model, reference, tokens, mask, first, stop, targets)
             for run in runs:
-                run.kept = run.cache.receipt() if last and probe else None
+                run.kept = run.cache.receipt() if probing else run.kept
                 run.take(_log_softmax(model, run.cache, tokens, mask, first, stop, targets), known, tokens[:, targets])
                 run.count(stop - first, in_prompt=first == 0)
             if progress is not None:
                 progress(stop, tokens.shape[1])
-            begun, first = first, stop
+            first = stop
             stop = min(first + min(_UNLIMITED, *(run.cache.until_eviction() for run in runs)), tokens.shape[1] - 1)
+            stop = min(stop, edge) if probe and first < edge else stop
         for run in runs:
             run.receipt = run.cache.receipt()
     lost: list[Losses] | list[None] = [None] * len(runs)
     if before is not None:
-        lost = losses(model, before, tokens, begun, [run.kept for run in runs if run.kept is not None])
+        lost = losses(model, before, tokens, edge, [run.kept for run in runs if run.kept is not None])
     return [run.finished(compared, one) for run, one in zip(runs, lost, strict=True)]
 
 

@@ -45,11 +45,12 @@ def _table(name: str, records: Sequence[Record], baseline: str | None) -> str:
     if not mine:
         raise SystemExit(f"no result of {model} on {task}: run it first")
     found = text_rows(mine, baseline) if is_text(mine[0]) else rows(mine)
-    versions = ", ".join(f"{name} {version}" for name, version in mine[0].versions.items())
+    made_with = {(name, version) for one in mine for name, version in one.versions.items()}
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(made_with))
     notes = "".join(f"- {line.replace('*', chr(92) + '*')}\n" for line in footer(found))
-    return (
-        f"{markdown(found, without=('model', 'task', 'peak KV bytes'))}\n{notes}- {versions}; {mine[0].cell.dtype}.\n"
-    )
+    shown = markdown(found, without=("model", "task", "peak KV bytes"))
+    dtypes = ", ".join(sorted({one.cell.dtype for one in mine}))
+    return f"{shown}\n{notes}- {versions}; {dtypes}.\n"
 
 
 def _policies(records: Sequence[Record]) -> str:

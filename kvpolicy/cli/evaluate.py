@@ -13,7 +13,9 @@ from kvpolicy.cli.errors import CommandError, RunError
 from kvpolicy.cli.generate import MODEL_HELP
 
 if TYPE_CHECKING:
-    from kvpolicy.evaluation.jobs import Model
+    from collections.abc import Sequence
+
+    from kvpolicy.evaluation.jobs import Job, Model
     from kvpolicy.evaluation.planning import Asking
     from kvpolicy.evaluation.record import Record
     from kvpolicy.evaluation.run import Cluster
@@ -106,7 +108,13 @@ def evaluate(
         raise CommandError('there is no task: add --task, such as --task "passcode(length=1024)", or --quick')
     filled = _policies(policy or [], budget or ([QUICK_BUDGET] if quick else []), quick, leaderboard, ablation)
     asking = Asking(tuple(seed or (0,)), temperature, top_p, limit, max_new_tokens, batch)
+    if ray is None and (workers != 1 or gpus):
+        raise CommandError("--workers and --gpus say how a Ray cluster is used: add --ray local, or its address")
     cluster = None if ray is None else Cluster(ray, workers, gpus=gpus)
+    if data is not None and not data.is_dir():
+        raise CommandError(f"--data {data}: there is no such folder")
+    if report is not None and report.suffix not in ("", ".md"):
+        raise CommandError(f"--report {report}: it is a .md file or a folder")
     models = _models(model or [], engine, dtype, device)
     _run(models, wanted, filled, asking, data, out, cluster)
     _show(results.read(out), report, baseline)
@@ -123,6 +131,7 @@ def _policies(given: list[str], budgets: list[int], quick: bool, leaderboard: bo
 
 
 def _models(given: list[str], engine: str, dtype: str, device: str) -> list[Model]:
+
     from kvpolicy.cli.default_model import default_model
     from kvpolicy.cli.devices import choose_device, choose_dtype
     from kvpolicy.errors import nearest
@@ -149,7 +158,7 @@ def _run(
     from kvpolicy.cli.models import load_tokenizer
     from kvpolicy.evaluation import tasks
     from kvpolicy.evaluation.jobs import Worker
-    from kvpolicy.evaluation.planning import cells, jobs, later_jobs
+    from kvpolicy.evaluation.planning import asked_of, cells, jobs, later_jobs
     from kvpolicy.evaluation.results import Results
     from kvpolicy.evaluation.run import run, size
     from kvpolicy.evaluation.weights import fingerprint, folder_of
@@ -158,22 +167,40 @@ def _run(
     with Results.open(out) as results:
         for model in models:
             tokenizer: Any = load_tokenizer(model.name)
-            plans = cells(model, fingerprint(folder_of(model.name)), parsed, filled, asking, data)
+            weights = fingerprint(folder_of(model.name))
+            plans = cells(model, weights, parsed, filled, asking, data)
             work = list(jobs(plans, results, tokenizer, asking))
-            left, of = sum(map(size, work)), sum(one.records for one in plans)
+            left, of = sum(map(size, work)), asked_of(plans)
             console.note(f"{model.name}: {of - left} of {of} problems are finished; {left} to do, results in {out}")
-            worker = Worker(model, list(dict.fromkeys(cell.policy for plan in plans for cell in plan.cells)))
+            _warn_if_too_long(model, work)
+            worker = Worker(model, list(dict.fromkeys(cell.policy for plan in plans for cell in plan.cells)), weights)
             run(worker, work, results, cluster)
             run(worker, [job for plan in plans for job in later_jobs(plan, results, tokenizer)], results, cluster)
 
 
+def _warn_if_too_long(model: Model, work: Sequence[Job]) -> None:
+    """Warn where problems are longer than what the model was trained for."""
+    from kvpolicy.evaluation.weights import folder_of, positions
+
+    known, longest = positions(folder_of(model.name)), max((one.longest for one in work), default=0)
+    if known is not None and longest > known:
+        console.warn(
+            f"problems may reach {longest:,} positions; {model.name} was trained for {known:,}, and writes nonsense "
+            "beyond: eviction frees memory, not positions"
+        )
+
+
 def _show(records: list[Record], report: Path | None, baseline: str | None) -> None:
-    from kvpolicy.evaluation.record import FULL
+    from kvpolicy.evaluation.record import FULL, short
     from kvpolicy.evaluation.report import report as write
     from kvpolicy.evaluation.table import footer, legend, rich_tables, rows, text_rows
 
     if not records:
         raise CommandError("there are no results yet")
+    labels = dict.fromkeys(record.cell.label for record in records)
+    if baseline is not None and baseline not in (*labels, *map(short, labels)):
+        known = ", ".join(map(short, labels))
+        raise CommandError(f"--baseline {baseline}: there is no such policy in the results; there are {known}")
     for found in (rows(records, baseline or FULL), text_rows(records, baseline)):
         for table in rich_tables(found):
             console.stdout().print(table)

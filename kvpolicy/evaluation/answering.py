@@ -83,10 +83,10 @@ class TransformersEngine:
         """
         rows = [_Row(one.max_new_tokens, _generator(drawing, name)) for one, name in zip(asked, names, strict=True)]
         with self._cache(asked, policy, drawing, names) as cache:
-            mask, logits = self._feed(cache, asked)
+            mask, logits, shares = self._feed(cache, asked)
             for row in rows:
                 row.nbytes = cache.nbytes() // len(rows) if isinstance(cache, EvictionCache) else 0
-            self._answer(cache, mask, logits, rows, drawing)
+            self._answer(cache, mask, logits, shares, rows, drawing)
         return [row.generation() for row in rows]
 
     def _cache(
@@ -105,8 +105,8 @@ class TransformersEngine:
             requests=list(names),
         )
 
-    def _feed(self, cache: Any, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
-        """Feed all that stands before the answers; return the mask of its columns and the last logits."""
+    def _feed(self, cache: Any, asked: Sequence[Asked]) -> tuple[Tensor, Tensor, list[float]]:
+        """Feed all that stands before the answers; return the mask of its columns, the last logits, and shares held."""
         device, count = self.model.device, len(asked[0].pieces)
         width = max(len(one.pieces[0]) for one in asked)
         mask = torch.ones(len(asked), width, dtype=torch.int64)
@@ -116,19 +116,21 @@ class TransformersEngine:
             first[r, width - len(piece) :] = torch.tensor(piece)
             mask[r, : width - len(piece)] = 0
         mask = mask.to(device)
-        logits = self._forward(cache, first.to(device), mask)
+        logits, shares = self._forward(cache, first.to(device), mask), [1.0] * len(asked)  # a prompt sees all of itself
         for i in range(1, count):
-            mask, logits = self._continue(cache, mask, torch.tensor([one.pieces[i] for one in asked]))
+            mask, logits, shares = self._continue(cache, mask, torch.tensor([one.pieces[i] for one in asked]))
         behind = torch.tensor([one.behind for one in asked], dtype=torch.int64)
         while behind.shape[1]:
             most = cache.until_eviction() if isinstance(cache, EvictionCache) else _AT_ONCE
-            mask, logits = self._continue(cache, mask, behind[:, : min(most, _AT_ONCE)])
+            mask, logits, shares = self._continue(cache, mask, behind[:, : min(most, _AT_ONCE)])
             behind = behind[:, min(most, _AT_ONCE) :]
-        return mask, logits
+        return mask, logits, shares
 
-    def _continue(self, cache: Any, mask: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _continue(self, cache: Any, mask: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+        """Feed more tokens; return the mask, the logits, and which share of the tokens seen the last one found."""
+        shares = _shares(cache, tokens.shape[0], tokens.shape[1])
         mask = torch.cat([mask, mask.new_ones(len(tokens), tokens.shape[1])], 1)
-        return mask, self._forward(cache, tokens.to(mask.device), mask)
+        return mask, self._forward(cache, tokens.to(mask.device), mask), shares
 
     def _forward(self, cache: Any, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return ``[rows, vocabulary]`` logits behind the last token."""
@@ -141,11 +143,12 @@ class TransformersEngine:
             logits_to_keep=1,
         ).logits[:, -1]
 
-    def _answer(self, cache: Any, mask: Tensor, logits: Tensor, rows: list[_Row], drawing: Drawing) -> None:
+    def _answer(
+        self, cache: Any, mask: Tensor, logits: Tensor, shares: list[float], rows: list[_Row], drawing: Drawing
+    ) -> None:
         """Decode until every row has ended; rows that have are dropped whenever they are half of the batch."""
         while True:
             tokens = [_pick(row_logits, row, drawing) for row_logits, row in zip(logits, rows, strict=True)]
-            shares = _shares(cache, len(rows))
             for r, row in enumerate(rows):
                 if row.finish is None:
                     row.take(tokens[r], shares[r], self.ends)
@@ -158,7 +161,7 @@ class TransformersEngine:
             if 2 * len(alive) <= len(rows) and _can_drop(cache):
                 cache, mask = _only(cache, alive), mask[alive]
                 rows, tokens = [rows[r] for r in alive], [tokens[r] for r in alive]
-            mask, logits = self._continue(cache, mask, torch.tensor(tokens)[:, None])
+            mask, logits, shares = self._continue(cache, mask, torch.tensor(tokens)[:, None])
 
 
 class _Row:
@@ -211,11 +214,11 @@ def _pick(logits: Tensor, row: _Row, drawing: Drawing) -> int:
     return int(order[torch.multinomial(sorted_, 1, generator=row.generator)])
 
 
-def _shares(cache: Any, rows: int) -> list[float]:
-    """Return slots used / tokens seen of each row."""
+def _shares(cache: Any, rows: int, new: int) -> list[float]:
+    """Return slots used / tokens seen of each row, once ``new`` more tokens are fed and before anything is evicted."""
     if not isinstance(cache, EvictionCache):
         return [1.0] * rows
-    return [slots / seen for slots, seen in zip(cache.slots, cache.seen, strict=True)]
+    return [(slots + new) / (seen + new) for slots, seen in zip(cache.slots, cache.seen, strict=True)]
 
 
 def _held(cache: Any, mask: Tensor, row: int) -> tuple[int, int]:

@@ -14,12 +14,14 @@ import torch
 
 from kvpolicy.cli.errors import RunError, one_line
 from kvpolicy.cli.models import load, load_tokenizer
+from kvpolicy.errors import BindError
 from kvpolicy.evaluation import loops
 from kvpolicy.evaluation.generation import Generation
 from kvpolicy.evaluation.grading import grade
 from kvpolicy.evaluation.problem import Problem
 from kvpolicy.evaluation.record import FULL, Cell, Record
 from kvpolicy.evaluation.rendering import Asked
+from kvpolicy.evaluation.weights import fingerprint, folder_of
 from kvpolicy.policy import Policy
 
 __all__ = ["Answering", "Job", "Model", "Reading", "Worker"]
@@ -60,6 +62,11 @@ class Answering:
     problems: tuple[Problem, ...]
     asked: tuple[Asked, ...]
 
+    @property
+    def longest(self) -> int:
+        """Return the tokens that a problem and its answer may have."""
+        return max(one.length + one.max_new_tokens for one in self.asked)
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -69,6 +76,7 @@ class Reading:
         cells: those of the policies; they differ in nothing else.
         number: of the batch.
         ids: of the texts.
+        digests: what tells each text from another one of this name.
         tokens: of each text.
         prompt_length: tokens of the prompt.
     """
@@ -76,8 +84,14 @@ class Reading:
     cells: tuple[Cell, ...]
     number: int
     ids: tuple[str, ...]
+    digests: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     prompt_length: int
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the texts."""
+        return max(map(len, self.tokens))
 
 
 Job = Answering | Reading
@@ -89,10 +103,11 @@ class Worker:
     Args:
         model: which, and how it runs.
         policies: the texts of all policies that jobs may name.
+        weights: the model's fingerprint, which must be that of what is loaded where the worker runs.
     """
 
-    def __init__(self, model: Model, policies: Sequence[str]) -> None:
-        self.model, self.policies = model, tuple(policies)
+    def __init__(self, model: Model, policies: Sequence[str], weights: str) -> None:
+        self.model, self.policies, self.weights = model, tuple(policies), weights
         self._engine: Any = None
         self._tokenizer: Any = None
 
@@ -101,10 +116,16 @@ class Worker:
 
         Raises:
             CommandError: there is no such model.
+            RunError: here it is another one.
             BindError: a policy cannot run on it.
         """
         if self._engine is not None:
             return
+        here = fingerprint(folder_of(self.model.name))
+        if here != self.weights:
+            raise RunError(
+                f"{self.model.name} has other files here ({here}) than where it was planned ({self.weights})"
+            )
         parsed = [Policy.parse(text) for text in self.policies if text != FULL]
         if self.model.engine == "vllm":
             from kvpolicy.evaluation.serving import VLLMEngine
@@ -117,7 +138,10 @@ class Worker:
 
         loaded = load(self.model.name, getattr(torch, self.model.dtype), torch.device(self.model.device))
         for policy in parsed:
-            EvictionCache(loaded.model, policy, max_new_tokens=1).unbind()
+            try:
+                EvictionCache(loaded.model, policy, max_new_tokens=1).unbind()
+            except BindError as error:
+                raise type(error)(f"{policy!r}: {error}") from error
         self._tokenizer, self._engine = loaded.tokenizer, TransformersEngine(loaded)
 
     def __call__(self, batch: Job) -> list[Record]:
@@ -150,10 +174,10 @@ class Worker:
             return self._engine.generate(
                 [one.pieces[0] for one in job.asked],
                 policy,
-                max_new_tokens=max(one.max_new_tokens for one in job.asked),
+                max_new_tokens=[one.max_new_tokens for one in job.asked],
                 temperature=cell.temperature,
                 top_p=cell.top_p,
-                seed=cell.seed,
+                seeds=[zlib.crc32(f"{cell.seed} {problem.id}".encode()) for problem in job.problems],
             )
         from kvpolicy.evaluation.answering import Drawing
 
@@ -176,6 +200,7 @@ class Worker:
             "evictions": one.evictions,
             "seconds": seconds,
             "batch": job.number,
+            **self._where(asked.digest),
         }
         return Record(job.cell, problem.id, sum(parts) / len(parts), details, self._versions())
 
@@ -185,13 +210,24 @@ class Worker:
         start = time.perf_counter()
         policies = [Policy.parse(cell.policy) for cell in job.cells]
         names = [zlib.crc32(one.encode()) for one in job.ids]
-        found = read(self._engine.model, policies, job.tokens, job.prompt_length, job.cells[0].seed, names)
+        starts = [cell.budget for cell in job.cells]
+        found = read(self._engine.model, policies, job.tokens, job.prompt_length, job.cells[0].seed, names, starts)
         seconds = (time.perf_counter() - start) / (len(job.ids) * len(job.cells))
         return [
-            Record(cell, one, details["kl"], {**details, "seconds": seconds, "batch": job.number}, self._versions())
+            Record(
+                cell,
+                one,
+                details["kl"],
+                {**details, "seconds": seconds, "batch": job.number, **self._where(digest)},
+                self._versions(),
+            )
             for cell, texts in zip(job.cells, found, strict=True)
-            for one, details in zip(job.ids, texts, strict=True)
+            for one, digest, details in zip(job.ids, job.digests, texts, strict=True)
         ]
+
+    def _where(self, digest: str) -> dict[str, str]:
+        """Return what was asked, as a digest, of which model as it was named, and on what device."""
+        return {"asked": digest, "model": self.model.name, "device": self.model.device}
 
     def _versions(self) -> dict[str, str]:
         found = {name: version(name) for name in ("kvpolicy", "torch", "transformers")}

@@ -97,8 +97,7 @@ def grouped(records: Iterable[Record]) -> dict[Cell, list[Record]]:
     """Return the records of each row of a table, under the cell of its first record."""
     found: dict[Cell, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.cell, record.problem)):
-        # a policy's own text may name its seed: rows go by the template that it was made of
-        found.setdefault(replace(record.cell, policy="", seed=0), []).append(record)
+        found.setdefault(replace(record.cell, seed=0), []).append(record)
     return {members[0].cell: members for members in found.values()}
 
 

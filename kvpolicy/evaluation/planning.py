@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvpolicy.cli.console import warn
 from kvpolicy.cli.errors import CommandError
 from kvpolicy.evaluation.answering import batches
 from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.jobs import Answering, Job, Model, Reading
 from kvpolicy.evaluation.problem import Problem, Task, Text
-from kvpolicy.evaluation.record import FULL, Cell
-from kvpolicy.evaluation.rendering import render
+from kvpolicy.evaluation.record import FULL, Cell, Record
+from kvpolicy.evaluation.rendering import digest, render
 from kvpolicy.evaluation.results import Results
 from kvpolicy.evaluation.tasks.texts import own
 from kvpolicy.evaluation.templates import Filled
 
-__all__ = ["PROMPT_OF_TEXT", "Asking", "Plan", "cells", "jobs", "later_jobs"]
+__all__ = ["PROMPT_OF_TEXT", "Asking", "Plan", "asked_of", "cells", "jobs", "later_jobs"]
 
 PROMPT_OF_TEXT = 16  #: tokens of a text that is read which count as its prompt
 TEXTS_AT_ONCE = 8  #: each is held once for every policy
@@ -33,19 +34,14 @@ class Plan:
         answered: the problems, or none where texts are read.
         read: the texts.
         cells: one for each policy, budget and seed.
-        first: the cell of the full cache whose answers are read, or None.
+        first: the cells of the full cache whose answers are read, one for each seed; else none.
     """
 
     task: Task
     answered: tuple[Problem, ...]
     read: tuple[Text, ...]
     cells: tuple[Cell, ...]
-    first: Cell | None = None
-
-    @property
-    def records(self) -> int:
-        """Return how many problems, or texts, are to be finished by :func:`jobs`."""
-        return len(self.answered or self.read) * (len(self.cells) if self.first is None else 1)
+    first: tuple[Cell, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,8 @@ def cells(
             if not (is_read and one.policy is None)
             for seed in dict.fromkeys(asking.seeds)
         )
-        first = replace(full, task=repr(task.task)) if isinstance(task, own) else None
+        seeds = dict.fromkeys(asking.seeds) if isinstance(task, own) else ()
+        first = tuple(replace(full, task=repr(task.task), seed=seed) for seed in seeds if isinstance(task, own))
         plans.append(Plan(task, answered, read, found, first))
     return plans
 
@@ -124,6 +121,13 @@ def _insist(
         )
 
 
+def asked_of(plans: Sequence[Plan]) -> int:
+    """Return how many problems and texts :func:`jobs` gives where nothing is finished."""
+    return len(
+        {(cell, one.id) for plan in plans for cell in plan.first or plan.cells for one in plan.answered or plan.read}
+    )
+
+
 def jobs(plans: Sequence[Plan], results: Results, tokenizer: Any, asking: Asking) -> Iterator[Job]:
     """Yield what is not finished yet, the longest problems of each cell first.
 
@@ -135,10 +139,10 @@ def jobs(plans: Sequence[Plan], results: Results, tokenizer: Any, asking: Asking
     """
     answered: set[Cell] = set()
     for plan in plans:
-        cells_ = plan.cells if plan.first is None else (plan.first,)
         if plan.answered:
-            yield from _answerings(plan, [cell for cell in cells_ if cell not in answered], results, tokenizer, asking)
-            answered.update(cells_)
+            of = [cell for cell in plan.first or plan.cells if cell not in answered]
+            yield from _answerings(plan, of, results, tokenizer, asking)
+            answered.update(of)
         if plan.read:
             texts = [_cut(one, tokenizer) for one in plan.read]
             yield from _readings(plan, results, texts, min(asking.batch, TEXTS_AT_ONCE))
@@ -150,6 +154,7 @@ def _answerings(
     asked = [render(one, tokenizer) for one in plan.answered]
     for cell in of:
         finished = results.finished(cell)
+        _insist_on_same(finished, {one.id: tokens.digest for one, tokens in zip(plan.answered, asked, strict=True)})
         for number, batch in enumerate(batches(asked, asking.batch)):
             left = [i for i in batch if plan.answered[i].id not in finished]
             if left:
@@ -157,24 +162,22 @@ def _answerings(
 
 
 def later_jobs(plan: Plan, results: Results, tokenizer: Any) -> Iterator[Reading]:
-    """Yield what can be done once :func:`jobs` are: to read the model's own answers, those that go on for a while.
-
-    Raises:
-        EvaluationError: none does.
-    """
-    if plan.first is None:
-        return
-    answers = results.finished(plan.first)
-    texts = []
-    for problem in plan.answered:
-        prompt = render(problem, tokenizer)
-        answer = tokenizer(answers[problem.id].details["output"], add_special_tokens=False)["input_ids"]
-        whole = [*(token for piece in prompt.pieces for token in piece), *prompt.behind]
-        if len(answer) >= PROMPT_OF_TEXT:
-            texts.append(_Tokens(problem.id, (*whole, *answer), len(whole)))
-    if not texts:
-        raise EvaluationError(f"{plan.task!r}: no answer has {PROMPT_OF_TEXT} tokens, and shorter ones are not read")
-    yield from _readings(plan, results, texts, 1)
+    """Yield what can be done once :func:`jobs` are: to read the model's own answers, those that go on for a while."""
+    for first in plan.first:
+        answers = results.finished(first)
+        texts = []
+        for problem in plan.answered:
+            prompt = render(problem, tokenizer)
+            answer = tokenizer(answers[problem.id].details["output"], add_special_tokens=False)["input_ids"]
+            whole = [*(token for piece in prompt.pieces for token in piece), *prompt.behind]
+            if len(answer) >= PROMPT_OF_TEXT:
+                texts.append(_Tokens(problem.id, (*whole, *answer), len(whole)))
+        if not texts:
+            warn(
+                f"{plan.task!r}: no answer has {PROMPT_OF_TEXT} tokens, and shorter ones are not read; there is no row"
+            )
+        mine = replace(plan, cells=tuple(cell for cell in plan.cells if cell.seed == first.seed))
+        yield from _readings(mine, results, texts, 1)
 
 
 @dataclass(frozen=True)
@@ -185,11 +188,33 @@ class _Tokens:
     tokens: tuple[int, ...]
     prompt: int
 
+    @property
+    def digest(self) -> str:
+        """Return what tells this text from another one of its name."""
+        return digest(self.tokens, self.prompt)
+
+
+def _insist_on_same(finished: Mapping[str, Record], digests: Mapping[str, str]) -> None:
+    """Refuse to go on with results of other problems of the same names.
+
+    Raises:
+        CommandError: one of them is.
+    """
+    for problem, record in finished.items():
+        known = record.details.get("asked")
+        if known is not None and digests.get(problem, known) != known:
+            raise CommandError(
+                f"{problem} of {record.cell.task} was another one when --out was written: its file, or the version "
+                "that makes it, has changed; name another file"
+            )
+
 
 def _readings(plan: Plan, results: Results, texts: Sequence[_Tokens], size: int) -> Iterator[Reading]:
     # Those of one budget are due together: fed side by side, they go fastest.
     groups = dict.fromkeys((cell.budget, cell.seed) for cell in plan.cells)
     done = {cell: results.finished(cell) for cell in plan.cells}
+    for finished in done.values():
+        _insist_on_same(finished, {one.id: one.digest for one in texts})
     for number, at in enumerate(range(0, len(texts), size)):
         batch = texts[at : at + size]
         for group in groups:
@@ -201,8 +226,9 @@ def _readings(plan: Plan, results: Results, texts: Sequence[_Tokens], size: int)
                     left.setdefault(here, []).append(cell)
             for here, of_group in left.items():
                 if here:
-                    ids, tokens = tuple(one.id for one in here), tuple(one.tokens for one in here)
-                    yield Reading(tuple(of_group), number, ids, tokens, here[0].prompt)
+                    ids, digests = tuple(one.id for one in here), tuple(one.digest for one in here)
+                    tokens = tuple(one.tokens for one in here)
+                    yield Reading(tuple(of_group), number, ids, digests, tokens, here[0].prompt)
 
 
 def _cut(text: Text, tokenizer: Any) -> _Tokens:

@@ -52,15 +52,16 @@ class Record:
         problem: its id.
         score: 0 to 1, the share of right parts; of a text, the mean KL from the full cache in nats.
         details: of an answer: ``output``, ``parts`` (bools), ``prompt_tokens``, ``tokens``, ``finish``
-            (``"stop"`` or ``"length"``), ``loop`` (the phrase detector), ``loop_zip`` (by compression
-            ratio), ``compression`` (mean over generated tokens of slots used / tokens seen),
-            ``peak_nbytes`` (keys, values and all else that the cache held, of this request),
-            ``evictions``, ``seconds`` (of its batch, divided by its rows), ``batch`` (its number in the
-            cell). Of a text: ``kl``, ``agreement``, ``log_prob``, ``full_log_prob`` (means over
-            positions), ``by_position`` (lists of the same, by blocks), ``mass_lost`` and
-            ``output_error`` (a list over layers), ``survival`` (share of tokens older than the budget
-            that a head still holds), ``survival_union`` (that some head holds), and the same
-            ``compression``, ``peak_nbytes``, ``seconds``, ``batch``.
+            (``"stop"`` or ``"length"``), ``loop`` (garbage or a phrase, by VaSE's detector), ``loop_zip``
+            (by compression ratio), ``compression`` (mean over generated tokens of slots used / tokens
+            seen), ``peak_nbytes`` (keys, values and all else that the cache held, of this request) and
+            ``evictions``. Of a text: ``kl``, ``agreement``, ``log_prob``, ``full_log_prob`` (means over
+            positions), ``by_position`` (lists of the same, by blocks), ``mass_lost`` and ``output_error``
+            (a list over layers), ``survival`` (share of tokens older than the capacity that a head still
+            holds), ``survival_union`` (that some head holds), and the same ``compression``,
+            ``peak_nbytes`` and ``evictions``. Of both: ``seconds`` (of its batch, divided by its rows),
+            ``batch`` (its number in the cell), ``asked`` (a digest of the question), ``model`` (as it
+            was named) and ``device``.
         versions: of kvpolicy, torch and the engine.
     """
 

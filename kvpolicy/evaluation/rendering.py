@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from kvpolicy.cli.errors import one_line
 from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.problem import Problem
 
-__all__ = ["Asked", "render"]
+__all__ = ["Asked", "digest", "render"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,18 @@ class Asked:
         pieces: what is fed, a turn each; one piece for most problems.
         behind: tokens after them that count as decoded.
         max_new_tokens: of the answer, at most.
+        answers: what is right.
     """
 
     pieces: tuple[tuple[int, ...], ...]
     behind: tuple[int, ...]
     max_new_tokens: int
+    answers: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Return what tells this problem from another one of its name."""
+        return digest(self.pieces, self.behind, self.max_new_tokens, self.answers)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,6 +43,11 @@ class Asked:
     def length(self) -> int:
         """Return the tokens fed before the answer begins."""
         return sum(self.shape)
+
+
+def digest(*parts: object) -> str:
+    """Return 8 hexadecimal digits that tell some values from others."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def render(problem: Problem, tokenizer: Any) -> Asked:
@@ -55,7 +68,7 @@ def render(problem: Problem, tokenizer: Any) -> Asked:
             f"{problem.id}: the fact is not in the last {problem.behind_tokens} tokens, with this tokenizer"
         )
     if not problem.turns:
-        return Asked((whole,), behind, problem.max_new_tokens)
+        return Asked((whole,), behind, problem.max_new_tokens, problem.answers)
     ends = [i + 1 for i, message in enumerate(problem.messages[:-1]) if message.role == "assistant"]
     pieces: list[tuple[int, ...]] = []
     fed = 0
@@ -67,7 +80,7 @@ def render(problem: Problem, tokenizer: Any) -> Asked:
             )
         pieces.append(so_far[fed:])
         fed = len(so_far)
-    return Asked((*pieces, whole[fed:]), behind, problem.max_new_tokens)
+    return Asked((*pieces, whole[fed:]), behind, problem.max_new_tokens, problem.answers)
 
 
 def _tokens(problem: Problem, count: int, tokenizer: Any) -> tuple[int, ...]:

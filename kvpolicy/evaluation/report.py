@@ -84,14 +84,28 @@ def report(records: Sequence[Record], where: Path, baseline: str | None = None) 
     return path
 
 
-def command(cell: Cell, out: str = "results.jsonl") -> str:
+def command(cell: Cell, out: str = "results.jsonl", model: str | None = None) -> str:
     """Return the command line that runs a cell again.
+
+    Args:
+        cell: which.
+        out: the file of results.
+        model: the model's name as it was typed, where the cell has a folder's last part alone.
 
     >>> cell = Cell("m", "", "vllm", "bfloat16", "gsm8k", "vase(512)", "vase(b)", 512, 0, 0.6)
     >>> print(command(cell))
     kvpolicy eval --model m --engine vllm --dtype bfloat16 --task gsm8k --policy 'vase(b)' --budget 512 --seed 0 ...
     """
-    words: list[object] = ["kvpolicy", "eval", "--model", cell.model, "--engine", cell.engine, "--dtype", cell.dtype]
+    words: list[object] = [
+        "kvpolicy",
+        "eval",
+        "--model",
+        model or cell.model,
+        "--engine",
+        cell.engine,
+        "--dtype",
+        cell.dtype,
+    ]
     words += ["--task", cell.task, "--policy", cell.label]
     words += ["--budget", cell.budget] if cell.budget else []
     words += ["--seed", cell.seed, "--temperature", f"{cell.temperature:g}"]
@@ -159,8 +173,9 @@ def _by_index(curves: Curves) -> str:
 
 
 def _again(records: Iterable[Record]) -> str:
-    cells = sorted({record.cell for record in records}, key=lambda cell: (cell.model, cell.task, cell.budget, cell))
-    commands = dict.fromkeys(map(command, cells))
+    models = {record.cell: record.details.get("model") for record in records}
+    cells = sorted(models, key=lambda cell: (cell.model, cell.task, cell.budget, cell))
+    commands = dict.fromkeys(command(cell, model=models[cell]) for cell in cells)
     return "## Run a row again\n\n```console\n" + "".join(f"$ {line}\n" for line in commands) + "```\n"
 
 

@@ -82,10 +82,10 @@ class VLLMEngine:
         prompts: Sequence[Sequence[int]],
         policy: Policy | None,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         temperature: float = 0.0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seeds: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Return the answers to prompts that are sent at once, in their order.
 
@@ -95,10 +95,10 @@ class VLLMEngine:
         Args:
             prompts: token ids of each.
             policy: what to keep, one of ``policies``; None keeps everything.
-            max_new_tokens: at most.
+            max_new_tokens: at most, of all or of each.
             temperature: 0 takes the likeliest token.
             top_p: draw from the likeliest tokens that make up this share.
-            seed: of the sampling and of the policy's noise, of each prompt.
+            seeds: of the sampling and of the policy's noise, of each prompt; 0 where None.
 
         Raises:
             KVPolicyError: the engine was not started for such a policy.
@@ -107,16 +107,21 @@ class VLLMEngine:
         from vllm import SamplingParams, TokensPrompt
         from vllm.exceptions import VLLMValidationError
 
-        params = SamplingParams(
-            max_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            detokenize=False,
-            extra_args=self._asked(policy, seed),
-        )
+        most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+        params = [
+            SamplingParams(
+                max_tokens=cap,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                detokenize=False,
+                extra_args=self._asked(policy, seed),
+            )
+            for cap, seed in zip(most, seeds or [0] * len(prompts), strict=True)
+        ]
         if self.config is not None:
-            Settings.of(self.config, params)  # refuses in one line what vLLM refuses in many
+            for one in params:
+                Settings.of(self.config, one)  # refuses in one line what vLLM refuses in many
         before = _recomputed()
         try:
             found = self._llm.generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ def footer(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
         "held: slots used / tokens seen, mean over tokens.",
         f"[low, high]: 95 % over problems, n = {n}, the seeds of a problem averaged: {method}.",
     ]
+    if sizes[0] < 30:
+        lines.append("An interval over fewer than thirty problems is too narrow, more so where scores are skewed.")
     if any(row.difference for row in found):
         lines += [
             f"difference: from {short(found[0].baseline)}, paired over the problems that both have; "
@@ -86,8 +89,9 @@ def footer(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
 
 
 Column = tuple[str, Callable[[Any], str]]
+_SCORES = ("score, %", "KL, nats", "difference, points", "difference, nats")
 #: What fits into the width of a terminal; Markdown has every column.
-NARROW = ("policy", "budget", "score, %", "KL, nats", "difference, points", "difference, nats", "held, %", "loops, %")
+NARROW = ("policy", "budget", "n", *_SCORES, "held, %", "cut short, %")
 LEFT = ("model", "task", "policy", "setting")  # texts; numbers are flush right
 
 
@@ -103,7 +107,9 @@ def _layout(found: Sequence[Row] | Sequence[TextRow]) -> tuple[list[str], list[l
 
 def setting(cell: Cell) -> str:
     """Return what a cell shares with others beside model and task, in words."""
-    return f"{cell.engine}, {cell.dtype}, temperature {cell.temperature:g}, weights {cell.weights[:8]}"
+    drawn = f"temperature {cell.temperature:g}" + (f", top_p {cell.top_p:g}" if cell.top_p < 1 else "")
+    cap = f", at most {cell.max_new_tokens} tokens" if cell.max_new_tokens else ""
+    return f"{cell.engine}, {cell.dtype}, {drawn}{cap}, weights {cell.weights[:8]}"
 
 
 def legend(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
@@ -118,6 +124,8 @@ def _runs(row: Row | TextRow) -> str:
 def _interval(interval: Interval | None, scale: float, digits: int) -> str:
     if interval is None:
         return BLANK
+    if not (math.isfinite(interval.low) and math.isfinite(interval.high)):  # of one problem
+        return f"{scale * interval.estimate:.{digits}f}"
     low, high = (f"{scale * end:.{digits}f}" for end in (interval.low, interval.high))
     return f"{scale * interval.estimate:.{digits}f} [{low}, {high}]"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvpolicy import registry
 from kvpolicy.cli.errors import CommandError
 from kvpolicy.errors import ParseError
-from kvpolicy.evaluation.record import FULL
+from kvpolicy.evaluation.record import FULL, short
 from kvpolicy.policy import Policy
 
 __all__ = ["Filled", "fill", "takes_budget"]
@@ -32,12 +32,12 @@ class Filled:
 
     @property
     def text(self) -> str:
-        """Return what a record calls it: the policy's text, or ``"full"``."""
-        return FULL if self.policy is None else repr(self.policy)
+        """Return what a record calls it: the policy with every parameter, since defaults may change; or ``"full"``."""
+        return FULL if self.policy is None else self.policy.text(full=True)
 
 
 def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
-    r"""Return every template with every budget, each of what they come to once.
+    """Return every template with every budget, each of what they come to once.
 
     A recipe's bare name takes the budget as its first argument. ``b`` stands for it elsewhere, and
     in sums, differences, products and ``//`` of whole numbers: ``recent=b // 8``. A template without
@@ -52,18 +52,14 @@ def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
         CommandError: a template wants a budget and there is none, or no template wants one.
         PolicyError: it is no policy.
 
-    >>> [one.text for one in fill(["snapkv", "full"], [256])]
-    ['Policy(Attention(over=\'all\') >> TopK(256), interval=None)', 'full']
+    >>> [(one.label, one.budget) for one in fill(["snapkv", "full"], [256, 512])]
+    [('snapkv', 256), ('snapkv', 512), ('full', 0)]
     """
     for budget in budgets:
         if budget < 1:
             raise CommandError(f"--budget {budget}: it is at least 1")
-    if budgets and not any(takes_budget(one) for one in templates):
-        raise CommandError(
-            f"--budget {', '.join(map(str, budgets))} goes nowhere: no policy has a place for it; write b, as in "
-            '"vase(b)", or leave --budget out'
-        )
-    found: dict[tuple[str, str], Filled] = {}
+    _insist_on_names(templates)
+    found: dict[tuple[str, int], Filled] = {}
     for template in templates:
         source = _source(template)
         if not takes_budget(template):
@@ -72,8 +68,26 @@ def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
             raise CommandError(f"{template} has no budget: add --budget 256, or write a number for b")
         else:
             filled = [Filled(template, budget, _parse(source, budget)) for budget in budgets]
-        found.update({(one.label, one.text): one for one in filled})
+        found.update({(one.label, one.budget): one for one in filled})
+    if budgets and not any(takes_budget(one) for one in templates):
+        raise CommandError(
+            f"--budget {', '.join(map(str, budgets))} goes nowhere: no policy has a place for it; write b, as in "
+            '"vase(b)", or leave --budget out'
+        )
     return list(found.values())
+
+
+def _insist_on_names(templates: list[str]) -> None:
+    """Refuse one name for several policies.
+
+    Raises:
+        CommandError: there is one, or the name of the full cache stands for another.
+    """
+    known: dict[str, str] = {FULL: FULL}
+    for template in templates:
+        name = short(template).strip()
+        if known.setdefault(name, _source(template)) != _source(template):
+            raise CommandError(f"{name!r} names {known[name]} and {_source(template)}: give each a name of its own")
 
 
 def takes_budget(template: str) -> bool:
@@ -130,6 +144,8 @@ class _Filler(ast.NodeTransformer):
                         return ast.Constant(left * right)
                     case ast.FloorDiv() if right:
                         return ast.Constant(left // right)
+                    case ast.Div():
+                        raise CommandError(f"{left} / {right} need not be a whole number: write // in a policy")
                     case _:
                         return node
             case _:

@@ -13,7 +13,9 @@ from kvpolicy.policy import Policy
 
 __all__ = ["BLOCKS", "EVERY", "read"]
 
-EVERY = 8  #: one token of so many is compared: most of the time goes into the vocabulary
+#: One token of so many is compared: most of the time goes into the vocabulary. Prime to the usual intervals, so that
+#: tokens are compared at every distance from the last eviction.
+EVERY = 7
 BLOCKS = 8  #: of positions, for what is shown by position
 
 
@@ -24,10 +26,12 @@ def read(
     prompt_length: int,
     seed: int,
     names: Sequence[int],
+    starts: Sequence[int],
 ) -> list[list[dict[str, Any]]]:
     """Return the details of each text under each policy, as :class:`~kvpolicy.evaluation.record.Record` lists them.
 
-    Means are over the tokens behind the first eviction; where none of those is compared, over all behind the prompt.
+    Means are over the compared tokens behind ``starts``, which is the same for all policies that are set beside each
+    other; where there is none, over all behind the prompt.
 
     Args:
         model: of transformers.
@@ -36,6 +40,7 @@ def read(
         prompt_length: tokens of the prompt, the same of all.
         seed: of the policies' noise.
         names: of the texts, which key the noise, too.
+        starts: for each policy, the tokens before which it cannot have evicted anything: its budget.
     """
     whole = torch.tensor(tokens)
     columns = list(range(prompt_length, whole.shape[1], EVERY))
@@ -49,10 +54,10 @@ def read(
         seeds=[seed] * len(tokens),
         requests=names,
     )
-    return [[_details(one, row) for row in range(len(tokens))] for one in found]
+    return [[_details(one, row, start) for row in range(len(tokens))] for one, start in zip(found, starts, strict=True)]
 
 
-def _details(found: Replay, row: int) -> dict[str, Any]:
+def _details(found: Replay, row: int, start: int) -> dict[str, Any]:
     assert found.kl is not None
     assert found.agreement is not None
     assert found.full_log_probs is not None
@@ -64,9 +69,8 @@ def _details(found: Replay, row: int) -> dict[str, Any]:
         "full_log_prob": found.full_log_probs[row],
     }
     receipt = found.receipt
-    # The token at which something is evicted is the last one to see everything; it predicts the next one.
-    behind = found.columns > found.first_eviction[row]
-    if not receipt.evictions[row] or not bool(behind.any()):
+    behind = found.columns > start
+    if not bool(behind.any()):
         behind = torch.ones_like(behind)
     old = receipt.seen[row] - receipt.capacity
     kept, somewhere = survival(receipt, 0, old) if old > 0 else (torch.ones(row + 1), torch.ones(row + 1))
@@ -83,6 +87,6 @@ def _details(found: Replay, row: int) -> dict[str, Any]:
     }
 
 
-def _blocks(values: Tensor) -> list[float]:
-    """Return means over blocks of positions."""
-    return [float(block.double().mean()) for block in values.chunk(BLOCKS)]
+def _blocks(values: Tensor) -> list[float | None]:
+    """Return means over blocks of positions, None for one that no compared token is in."""
+    return [float(block.double().mean()) if len(block) else None for block in values.tensor_split(BLOCKS)]

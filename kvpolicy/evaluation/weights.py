@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
-from kvpolicy.cli.errors import CommandError
+from kvpolicy.cli.errors import CommandError, one_line
 
-__all__ = ["fingerprint", "folder_of"]
+__all__ = ["fingerprint", "folder_of", "positions"]
 
-SAMPLE = 1 << 16  #: bytes at either end of a file of weights
+#: What an answer depends on beside the weights.
+SETTINGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+WEIGHTS = ("*.safetensors", "*.bin")
+SAMPLES, SAMPLE = 256, 1 << 12  #: pieces of a file of weights, and bytes of each
 
 
 def folder_of(name: str) -> Path:
-    """Return the folder of a model, on the disk or in the hub's local cache.
+    """Return the folder of a model, on the disk or in the hub's local cache, fetched if it is not there.
 
     Raises:
-        CommandError: it is in neither.
+        CommandError: there is no such model.
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    from transformers.utils.hub import cached_file
+    from huggingface_hub import snapshot_download
 
     try:
-        found = cached_file(name, "config.json")
-    except OSError as error:
-        raise CommandError(f"cannot load {name}: there is neither such a folder nor such a model on the hub") from error
-    assert found is not None
-    return Path(found).parent
+        return Path(snapshot_download(name, allow_patterns=[*SETTINGS, "*.safetensors"]))
+    except Exception as error:  # the hub's client raises errors of its own, and those of the network
+        raise CommandError(f"cannot load {name}: {one_line(error)}") from error
 
 
 def fingerprint(folder: Path) -> str:
-    """Return 16 hexadecimal digits that tell configuration and weights: sizes, and both ends of each file.
+    """Return 16 hexadecimal digits that tell settings, tokenizer and weights, these by pieces all over each file.
 
     Raises:
         CommandError: the folder holds no weights.
     """
-    weights = sorted(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+    weights = sorted(path for kind in WEIGHTS for path in folder.glob(kind))
     if not weights:
         raise CommandError(f"the folder {folder} holds no weights: there is no .safetensors file in it")
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256()
+    for path in sorted({path for kind in SETTINGS for path in folder.glob(kind)}):
+        digest.update(path.name.encode() + path.read_bytes())
     for path in weights:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read(SAMPLE))
+            for piece in range(SAMPLES):
+                file.seek(max(0, (size - SAMPLE) * piece // (SAMPLES - 1)))
+                digest.update(file.read(SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def positions(folder: Path) -> int | None:
+    """Return how many positions a model was trained for; None where its configuration does not say."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    found = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    return found if isinstance(found, int) else None

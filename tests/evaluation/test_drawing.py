@@ -72,10 +72,10 @@ def test_top_p_keeps_the_fewest_that_make_up_the_share(top_p: float, tokens: set
 
 def test_compression_is_counted_by_hand() -> None:
     one, new = asked(40, new=30), 30
-    held, shares = 24, []
-    for token in range(new):  # chosen when the prompt, and so many tokens more, have been fed
-        shares.append(held / (40 + token))
-        held = 24 if (token + 1) % 8 == 0 else held + 1
+    held, shares = 24, [1.0]  # the first token is chosen by one that saw all of the prompt
+    for token in range(1, new):  # the others when so many tokens more have been fed, before something is evicted
+        shares.append((held + 1) / (40 + token))
+        held = 24 if token % 8 == 0 else held + 1
     (found,) = answers([one], POLICIES["vase"])
     assert found.compression == pytest.approx(sum(shares) / new, abs=1e-12)
     assert found.evictions == 1 + 3

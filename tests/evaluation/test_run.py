@@ -92,7 +92,7 @@ def test_the_policy_of_another_package_joins_by_name(run: Run, tmp_path: Path) -
     package(tmp_path, "thirdparty", MODULE, points)
     assert "│ keep_oldest " in table(run("--task", PASSCODE, "--policy", "keep_oldest", "--budget", 80, "--limit", 1))
     (record,) = read(tmp_path / "out.jsonl")
-    assert record.cell.policy == "Policy(Oldest() >> TopK(80))"
+    assert record.cell.policy == "Policy(Oldest(weight=1.0) >> TopK(80), interval=64, recent=64)"
     assert record.details["evictions"] > 0
 
 

@@ -75,11 +75,22 @@ def test_what_a_row_says_of_texts() -> None:
 
 
 def test_seeds_are_pooled_into_a_row_and_averaged_by_problem() -> None:
-    one = replace(VASE, policy="vase(64, seed=1)", seed=1)
+    one = replace(VASE, seed=1)
     [row] = rows(answers(VASE, [1.0, 0.0, 0.0]) + answers(one, [1.0, 1.0, 0.0]))
     assert (row.n, row.runs) == (3, 6)
     assert row.score == mean_interval([1.0, 0.5, 0.0])
     assert row.cell == VASE
+
+
+def test_another_policy_under_one_label_is_a_row_of_its_own() -> None:
+    other = replace(VASE, policy="Policy(ValueGuard(share=0.5) >> Stochastic() >> TopK(64))")
+    assert [row.score.estimate for row in rows(answers(VASE, [0.0] * 3) + answers(other, [1.0] * 3))] == [1.0, 0.0]
+
+
+def test_settings_that_differ_are_shown() -> None:
+    others = [VASE, replace(VASE, max_new_tokens=64), replace(VASE, temperature=0.6, top_p=0.95)]
+    lines = cells(markdown(rows([one for other in others for one in answers(other, [1.0] * 3)])))
+    assert len({line["setting"] for line in lines}) == 3
 
 
 def test_differences_are_from_the_baseline_over_shared_problems() -> None:

@@ -44,7 +44,7 @@ def test_full_and_a_policy_without_b_stand_once_whatever_the_budgets() -> None:
         Filled("vase", 128, vase(128)),
         Filled("vase", 256, vase(256)),
     ]
-    assert [one.text for one in fill(["full", "vase(96)"], [])] == ["full", repr(vase(96))]
+    assert [one.text for one in fill(["full", "vase(96)"], [])] == ["full", vase(96).text(full=True)]
     assert not takes_budget("full")
     assert not takes_budget("vase(96)")
 
@@ -63,7 +63,8 @@ def test_duplicates_come_once() -> None:
     assert len(fill(["vase", "full", "vase", "full"], [64, 128, 64])) == 3
     # The same policy under two labels is two rows of a table, and one under one label is one.
     assert [one.label for one in fill(["vase", "vase(b)"], [128])] == ["vase", "vase(b)"]
-    assert len(fill(["vase(b // b * 128)"], [64, 256])) == 1
+    # A budget that changes nothing is there as it was asked for.
+    assert [one.budget for one in fill(["vase(b // b * 128)"], [64, 256])] == [64, 256]
 
 
 def test_a_template_without_its_budget_says_so() -> None:
@@ -95,7 +96,7 @@ def test_a_budget_is_at_least_one(budget: int) -> None:
         ("vase(b", "cannot read"),
         ("", "empty"),
         ("ful", "'ful'"),
-        ("vase(b / 2)", "b=128"),
+        ("vase(b / 2)", "write // in a policy"),
         ("vase(b // 0)", "b=128"),
         ("vase(b ** 2)", "b=128"),
         ("b", "128"),

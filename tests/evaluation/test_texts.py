@@ -28,6 +28,7 @@ from tests.models import tiny
 PROMPT, LENGTH = 16, 200
 POLICIES = [vase(24, interval=8, recent=8), random_eviction(32, interval=16, recent=8), vase(400)]
 NAMES = [11, 12, 13]
+STARTS = [24, 32, 0]  # the budgets
 
 
 @functools.cache
@@ -41,7 +42,7 @@ def texts(count: int = 3, length: int = LENGTH) -> list[list[int]]:
 
 @functools.cache
 def found() -> list[list[dict[str, Any]]]:
-    return read(model(), POLICIES, texts(), PROMPT, 5, NAMES)
+    return read(model(), POLICIES, texts(), PROMPT, 5, NAMES, STARTS)
 
 
 def test_every_text_has_details_under_every_policy() -> None:
@@ -61,10 +62,10 @@ def test_every_text_has_details_under_every_policy() -> None:
 
 
 def test_blocks_of_positions_average_to_the_whole() -> None:
-    # 184 tokens behind the prompt, of which every 8th is compared: 23, in seven blocks of 3 and one of 2.
+    # 184 tokens behind the prompt, of which every 7th is compared: 27, in three blocks of 4 and five of 3.
     for details in found()[2]:  # nothing is evicted: the means are over all
         for name, values in details["by_position"].items():
-            assert (3 * sum(values[:7]) + 2 * values[7]) / 23 == pytest.approx(details[name], abs=1e-12)
+            assert (4 * sum(values[:3]) + 3 * sum(values[3:])) / 27 == pytest.approx(details[name], abs=1e-12)
 
 
 def test_nothing_is_lost_where_nothing_is_evicted() -> None:
@@ -78,10 +79,10 @@ def test_nothing_is_lost_where_nothing_is_evicted() -> None:
 
 
 def test_what_is_lost_is_what_replaying_each_text_alone_says() -> None:
-    for policy, of in zip(POLICIES[:2], found(), strict=False):
+    for policy, start, of in zip(POLICIES[:2], STARTS, found(), strict=False):
         for tokens, name, details in zip(texts(), NAMES, of, strict=True):
             one = replays_alone(policy, tokens, name)
-            behind = one.columns > one.first_eviction[0]  # the token there is predicted by one that saw everything
+            behind = one.columns > start
             assert details["kl"] == pytest.approx(float(one.kl[0, behind].mean()), abs=1e-9)
             assert details["log_prob"] == pytest.approx(float(one.log_probs[0, behind].mean()), abs=1e-9)
             assert details["evictions"] == one.receipt.evictions[0] > 5
@@ -101,18 +102,23 @@ def replays_alone(policy: Policy, tokens: Sequence[int], name: int) -> Any:
     return one
 
 
+@pytest.mark.parametrize("interval", [8, 12, 16, 32, 64])
+def test_tokens_are_compared_at_every_distance_from_the_last_eviction(interval: int) -> None:
+    assert {column % interval for column in range(PROMPT, PROMPT + EVERY * interval, EVERY)} == set(range(interval))
+
+
 def test_an_eviction_of_the_prompt_alone_is_behind_it() -> None:
-    (of,) = read(model(), [snapkv(12, window=4)], texts(1), PROMPT, 0, [1])
+    (of,) = read(model(), [snapkv(12, window=4)], texts(1), PROMPT, 0, [1], [12])
     whole = replay(model(), snapkv(12, window=4), torch.tensor(texts(1)), PROMPT, full=True)
     assert whole.kl is not None
     assert of[0]["evictions"] == 1
-    assert of[0]["kl"] == pytest.approx(float(whole.kl[0, EVERY::EVERY].mean()), abs=1e-9)
+    assert of[0]["kl"] == pytest.approx(float(whole.kl[0, ::EVERY].mean()), abs=1e-9)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
 def test_models_with_layers_of_other_kinds_are_read_too(family: str) -> None:
     some = texts(2, 90)
-    tight, plenty = read(tiny(family), [vase(24, interval=8, recent=8), vase(400)], some, PROMPT, 0, [1, 2])
+    tight, plenty = read(tiny(family), [vase(24, interval=8, recent=8), vase(400)], some, PROMPT, 0, [1, 2], [24, 0])
     assert {len(details["mass_lost"]) for details in tight} == {2}  # two of four layers evict
     assert min(min(details["mass_lost"]) for details in tight) > 0.01
     assert max(max(details["mass_lost"]) for details in plenty) < 1e-5

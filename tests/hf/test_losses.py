@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvpolicy import UsageError
-from kvpolicy.adapters.hf import replays, survival
+from kvpolicy.adapters.hf import replay, replays, survival
 from kvpolicy.receipt import Receipt
 from tests.hf.test_replay import padded_text
 from tests.hf.zoo import zoo
@@ -43,7 +43,7 @@ def plain_losses(model: Any, ids: Tensor, kept: dict[int, Tensor], first: int) -
         for head, at in itertools.product(range(4), range(first, ids.shape[1] - 1)):
             keys, values = (one[r, head // 2, : at + 1] for one in (held.keys, held.values))
             weights = torch.softmax(keys @ asked[layer][r, head, at] / 8**0.5, 0)
-            there = [p for p in kept[layer][r, head // 2].tolist() if 0 <= p <= at]
+            there = [*(p for p in kept[layer][r, head // 2].tolist() if 0 <= p < first), *range(first, at + 1)]
             left, whole = weights[there].sum(), weights @ values
             lost.append(1 - left)
             apart.append((weights[there] / left @ values[there] - whole).norm() / whole.norm())
@@ -55,11 +55,12 @@ def test_losses_are_those_of_attention_written_out() -> None:
     model, names = tiny("llama", torch.float64), ("vase", "h2o", "streaming_llm")
     ids = torch.randint(2, 97, (2, 101), generator=torch.Generator().manual_seed(3))
     found = replays(model, [zoo(24)[name] for name in names], ids, 40, probe=True)
-    for one in found:
+    for name, one in zip(names, found, strict=True):
         assert one.losses is not None
         assert one.losses.layers == (0, 1, 2)
-        # 56 of 60 tokens are fed before the last eviction: the last 4 ask, and none of them has gone.
-        mass, error = plain_losses(model, ids, one.receipt.kept, 96)
+        # The last 16 that are fed ask, of what was held before them.
+        before = replay(model, zoo(24)[name], ids[:, :85], 40).receipt
+        mass, error = plain_losses(model, ids, before.kept, 84)
         assert (one.losses.mass - mass).abs().max() <= 1e-5  # both are computed in float32
         assert (one.losses.output - error).abs().max() <= 1e-4
         assert mass.min() > 0.05

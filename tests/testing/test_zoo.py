@@ -17,7 +17,6 @@ from kvpolicy import (
     Prompt,
     Recency,
     Redundancy,
-    Reservoir,
     Sinks,
     Stochastic,
     TopK,
@@ -55,7 +54,6 @@ ZOO = {
 }
 
 COMPOSED = {
-    "spans": Policy(Attention(4) >> Reservoir(0.4, span=2) >> TopK(BUDGET), interval=4, recent=3),
     "adaptive": Policy(Attention(4, over="all") >> TopK(Adaptive(BUDGET)), interval=4, recent=3),
     "adaptive, shared again": Policy(
         AccumulatedAttention(4) >> ValueGuard(0.25) >> Stochastic() >> TopK(Adaptive(BUDGET, 0.5, refresh=2)),

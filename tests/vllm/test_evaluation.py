@@ -77,7 +77,7 @@ def test_without_a_policy_everything_is_kept(engine: VLLMEngine, prompts: list[l
 
 def test_a_seed_says_what_is_sampled(engine: VLLMEngine, prompts: list[list[int]]) -> None:
     first, again, other = (
-        engine.generate(prompts[1:2], TIGHT, max_new_tokens=NEW, temperature=1.0, seed=seed)[0].tokens
+        engine.generate(prompts[1:2], TIGHT, max_new_tokens=NEW, temperature=1.0, seeds=[seed])[0].tokens
         for seed in (1, 1, 2)
     )
     assert first == again != other

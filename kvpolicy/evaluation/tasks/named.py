@@ -13,14 +13,14 @@ __all__ = ["Named"]
 class Named:
     """Give a frozen dataclass, as its ``repr``, the text that a user types for it.
 
-    Parameters at their defaults are left out, and the brackets with them where nothing is left.
+    Parameters at their defaults are left out, but for tasks, and the brackets with them where nothing is left.
     """
 
     def __repr__(self) -> str:
         given = [
             f"{field.name}={value!r}"
             for field in dataclasses.fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
-            if (value := getattr(self, field.name)) != _default(field)
+            if (value := getattr(self, field.name)) != _default(field) or isinstance(value, Named)
         ]
         return f"{type(self).__name__}({', '.join(given)})" if given else type(self).__name__
 

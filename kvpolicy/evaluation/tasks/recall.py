@@ -53,7 +53,7 @@ class passcode(Named):
         random = Random(f"passcode {self.length} {self.digits} {index}")
         (name,) = haystack.names(random, 1)
         code = haystack.passcode(random, self.digits)
-        depth = (index + 0.5) / self.count if self.depth is None else self.depth
+        depth = (_order(self.count)[index] + 0.5) / self.count if self.depth is None else self.depth
         # Tokenisers differ, and all problems get one length: what is too much is cut from the front.
         before = haystack.sentences(random, self.length // 2 + 64)
         hay = haystack.sentences(random, max(1, (self.length - QUESTION) * 5 // 6))
@@ -170,6 +170,17 @@ class turns(Named):
             grader="contains",
             turns=True,
         )
+
+
+def _order(count: int) -> list[int]:
+    """Return the numbers below ``count`` so that the first few are spread evenly, too.
+
+    >>> _order(5)
+    [0, 3, 1, 4, 2]
+    """
+    places = [index * 0.6180339887498949 % 1 for index in range(count)]  # the golden ratio
+    ranks = {place: rank for rank, place in enumerate(sorted(places))}
+    return [ranks[place] for place in places]
 
 
 def _codes(random: Random, count: int, digits: int) -> dict[str, str]:
