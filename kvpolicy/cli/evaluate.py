@@ -44,7 +44,9 @@ def evaluate(
     ] = None,
     model: Annotated[list[str] | None, typer.Option(metavar="NAME|FOLDER", help=f"{MODEL_HELP} Repeat it.")] = None,
     seed: Annotated[list[int] | None, typer.Option(metavar="N", help="Of sampling and noise; repeat it.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two small tasks and five policies: minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two small tasks and six policies at a budget of 128: minutes.")
+    ] = False,
     leaderboard: Annotated[
         bool, typer.Option("--leaderboard", help="All policies that are compared in the documentation.")
     ] = False,
