@@ -22,8 +22,9 @@ def recommended(
         interval: decoded tokens between two evictions.
         recent: the last tokens, which always stay, and queries asked; an eighth of the budget, 64 at most, where None.
 
-    Source: none; a mixture of H2O (arXiv 2306.14048), SnapKV (arXiv 2404.14469), VaSE (arXiv
-    2606.03928) and boundary protection (arXiv 2605.18053), chosen by measurement.
+    Source: none; a mixture of H2O (https://arxiv.org/abs/2306.14048), SnapKV
+    (https://arxiv.org/abs/2404.14469), VaSE (https://arxiv.org/abs/2606.03928) and boundary
+    protection (arXiv 2605.18053), chosen by measurement.
 
     >>> recommended(1024)
     Policy(... >> Prompt(share=0.25) >> ValueGuard(share=0.5) >> TopK(1024))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -102,7 +103,7 @@ def test_blocks_that_do_not_run_are_few() -> None:
 @pytest.mark.parametrize("page", marked(CONSOLE))
 def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for command in commands(page):
-        words = shlex.split(command)
+        words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(command)))
         match words:
             case ["make", *targets]:
                 makefile = (ROOT / "Makefile").read_text("utf-8")
