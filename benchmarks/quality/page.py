@@ -48,7 +48,7 @@ def _table(name: str, records: Sequence[Record], baseline: str | None) -> str:
     made_with = {(name, version) for one in mine for name, version in one.versions.items()}
     versions = ", ".join(f"{name} {version}" for name, version in sorted(made_with))
     notes = "".join(f"- {line.replace('*', chr(92) + '*')}\n" for line in footer(found))
-    shown = markdown(found, without=("model", "task", "peak KV bytes"))
+    shown = markdown(found, without=("model", "task", "peak KV bytes", "output error, %"))
     dtypes = ", ".join(sorted({one.cell.dtype for one in mine}))
     return f"{shown}\n{notes}- {versions}; {dtypes}.\n"
 

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvpolicy import UsageError
 from kvpolicy.adapters.hf import replay, replays, survival
+from kvpolicy.adapters.hf.losses import _lost
 from kvpolicy.receipt import Receipt
 from tests.hf.test_replay import padded_text
 from tests.hf.zoo import zoo
@@ -77,6 +78,22 @@ def test_nothing_is_lost_where_nothing_is_evicted() -> None:
     assert plenty.losses.mass.abs().max() <= 1e-6
     assert plenty.losses.output.abs().max() <= 1e-5
     assert tight.losses.mass.min() > 0.01
+
+
+def test_a_query_whose_tokens_have_all_gone_is_wrong_by_its_whole_output() -> None:
+    weights = torch.tensor([[[[0.5, 0.5, 0.0, 0.004]]]], dtype=torch.bfloat16)  # rounding: they add up to 1.004
+    values = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [5.0, 5.0], [0.0, 0.0]]]])
+    mass, error = _lost(weights, values, torch.tensor([[[2]]]), 3)
+    assert mass.item() == pytest.approx(1, abs=0.01)
+    assert error.item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_sink_logit_keeps_its_share() -> None:
+    weights = torch.tensor([[[[0.25, 0.25, 0.25]]]])  # and 0.25 for the sink
+    values = torch.tensor([[[[1.0], [1.0], [1.0]]]])
+    mass, error = _lost(weights, values, torch.tensor([[[0, -1]]]), 2)
+    assert mass.item() == pytest.approx(0.25)
+    assert error.item() == pytest.approx(abs(0.5 / 0.75 - 0.75) / 0.75)
 
 
 def test_losses_need_the_full_cache_and_no_pads() -> None:
