@@ -43,7 +43,7 @@ for section in ${*:-leaderboard answers ablation values page}; do
             ;;
         values)
             # shellcheck disable=SC2086  # several models
-            "$python" -m benchmarks.quality.values --text wikitext ${MODELS:-} > "$results/values.md"
+            "$python" -m benchmarks.quality.values --text wikitext --tokens 1024 ${MODELS:-} > "$results/values.md"
             ;;
         paper)
             MODELS=${MODELS:-Qwen/Qwen3-4B} evaluate paper --ablation --task gsm8k --limit 500 --budget 512 \

@@ -31,7 +31,6 @@ POLICY_HELP = (
     'A recipe such as "vase", or a policy with b for its budget: "ValueGuard() >> TopK(b)"; "full" is the full '
     "cache. Repeat it for more. By default full and vase."
 )
-ENGINES = ("transformers", "vllm")
 QUICK_TASKS, QUICK_BUDGET = ("pydoc(length=512, count=8)", "passcode(length=512, count=16)"), 128
 
 
@@ -133,18 +132,18 @@ def _policies(given: list[str], budgets: list[int], quick: bool, leaderboard: bo
 
 
 def _models(given: list[str], engine: str, dtype: str, device: str) -> list[Model]:
-
     from kvpolicy.cli.default_model import default_model
     from kvpolicy.cli.devices import choose_device, choose_dtype
     from kvpolicy.errors import nearest
-    from kvpolicy.evaluation.jobs import Model
+    from kvpolicy.evaluation.jobs import ENGINES, Model
 
-    if engine not in ENGINES:
+    chosen = next((one for one in ENGINES if one == engine), None)
+    if chosen is None:
         raise CommandError(f"--engine {engine}: it is one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
     where = choose_device(device)
     numbers = str(choose_dtype(dtype, where)).removeprefix("torch.")
     names = given or [str(default_model())]
-    return [Model(name, numbers, str(where), "vllm" if engine == "vllm" else "transformers") for name in names]
+    return [Model(name, numbers, str(where), chosen) for name in names]
 
 
 def _run(
@@ -163,31 +162,30 @@ def _run(
     from kvpolicy.evaluation.planning import asked_of, cells, jobs, later_jobs
     from kvpolicy.evaluation.results import Results
     from kvpolicy.evaluation.run import run, size
-    from kvpolicy.evaluation.weights import fingerprint, folder_of
+    from kvpolicy.evaluation.weights import fingerprint, folder_of, positions
 
     parsed = [tasks.parse(text) for text in dict.fromkeys(wanted)]
     with Results.open(out) as results:
         for model in models:
             tokenizer: Any = load_tokenizer(model.name)
-            weights = fingerprint(folder_of(model.name))
+            folder = folder_of(model.name)
+            weights = fingerprint(folder)
             plans = cells(model, weights, parsed, filled, asking, data)
             work = list(jobs(plans, results, tokenizer, asking))
             left, of = sum(map(size, work)), asked_of(plans)
             console.note(f"{model.name}: {of - left} of {of} problems are finished; {left} to do, results in {out}")
-            _warn_if_too_long(model, work)
+            _warn_if_too_long(model.name, positions(folder), work)
             worker = Worker(model, list(dict.fromkeys(cell.policy for plan in plans for cell in plan.cells)), weights)
             run(worker, work, results, cluster)
             run(worker, [job for plan in plans for job in later_jobs(plan, results, tokenizer)], results, cluster)
 
 
-def _warn_if_too_long(model: Model, work: Sequence[Job]) -> None:
-    """Warn where problems are longer than what the model was trained for."""
-    from kvpolicy.evaluation.weights import folder_of, positions
-
-    known, longest = positions(folder_of(model.name)), max((one.longest for one in work), default=0)
+def _warn_if_too_long(name: str, known: int | None, work: Sequence[Job]) -> None:
+    """Warn where problems are longer than the positions that the model was trained for."""
+    longest = max((one.longest for one in work), default=0)
     if known is not None and longest > known:
         console.warn(
-            f"problems may reach {longest:,} positions; {model.name} was trained for {known:,}, and writes nonsense "
+            f"problems may reach {longest:,} positions; {name} was trained for {known:,}, and writes nonsense "
             "beyond: eviction frees memory, not positions"
         )
 

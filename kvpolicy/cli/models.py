@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
 from kvpolicy.cli.console import warn, working
 from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.cli.hub import unreachable
 
 __all__ = ["Loaded", "load", "load_tokenizer"]
 
@@ -112,33 +110,20 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
 def _hub_answers(name: str) -> bool:
     """Return whether the hub may be asked for a model; without it, the local cache must do.
 
-    The hub's own client would try for half a minute.
-
     Raises:
         RunError: the hub cannot be reached and the model is not in the local cache.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError as error:
         raise CommandError(f"{name!r} is neither a folder nor a hub name: {one_line(error)}") from error
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.is_offline_mode():
-        why = "HF_HUB_OFFLINE is set"
-    elif urllib.request.getproxies():
-        return True
-    else:
-        try:
-            port = hub.port or (443 if hub.scheme == "https" else 80)
-            socket.create_connection((hub.hostname or "", port), timeout=5).close()
-            return True
-        except OSError as error:
-            why = f"{hub.hostname} cannot be reached ({error.strerror or error})"
-    if not cached:
+    why = unreachable()
+    if why and not cached:
         raise RunError(
             f"the model {name} is neither a folder nor in the local cache, and {why}: connect to "
             "the network, or give the folder of a model that you have, or leave --model out"
         )
-    return False
+    return not why

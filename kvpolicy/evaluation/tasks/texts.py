@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from kvpolicy.evaluation import data as files
 from kvpolicy.evaluation.errors import DataError, EvaluationError
@@ -51,8 +52,19 @@ class TextSet(Named):
         return [Text(f"{type(self).__name__}/{index}", text, self.length) for index, text in enumerate(found)]
 
 
+class _Lines(TextSet):
+    """Read the lines of one file of a data set, which ``source`` names."""
+
+    source: ClassVar[tuple[str, str]]
+
+    def units(self, data: Path | None) -> Sequence[str]:
+        """Return the lines."""
+        name, file = self.source
+        return files.text(files.find(name, (file,), data)).splitlines(keepends=True)
+
+
 @dataclass(frozen=True, repr=False)
-class wikitext(TextSet):
+class wikitext(_Lines):
     """Read the test set of WikiText-2, from ``wikitext2/test.txt``.
 
     Args:
@@ -64,14 +76,11 @@ class wikitext(TextSet):
 
     length: int = 1024
     count: int = 32
-
-    def units(self, data: Path | None) -> Sequence[str]:
-        """Return the lines."""
-        return files.text(files.find("wikitext2", ("test.txt",), data)).splitlines(keepends=True)
+    source: ClassVar[tuple[str, str]] = ("wikitext2", "test.txt")
 
 
 @dataclass(frozen=True, repr=False)
-class shakespeare(TextSet):
+class shakespeare(_Lines):
     """Read Karpathy's tiny Shakespeare, from ``tinyshakespeare/input.txt``.
 
     Args:
@@ -81,10 +90,7 @@ class shakespeare(TextSet):
 
     length: int = 1024
     count: int = 32
-
-    def units(self, data: Path | None) -> Sequence[str]:
-        """Return the lines."""
-        return files.text(files.find("tinyshakespeare", ("input.txt",), data)).splitlines(keepends=True)
+    source: ClassVar[tuple[str, str]] = ("tinyshakespeare", "input.txt")
 
 
 @dataclass(frozen=True, repr=False)
