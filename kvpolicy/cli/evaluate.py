@@ -135,15 +135,15 @@ def _models(given: list[str], engine: str, dtype: str, device: str) -> list[Mode
     from kvpolicy.cli.default_model import default_model
     from kvpolicy.cli.devices import choose_device, choose_dtype
     from kvpolicy.errors import nearest
-    from kvpolicy.evaluation.jobs import ENGINES, Model
+    from kvpolicy.evaluation.jobs import ENGINES, Engine, Model
 
-    chosen = next((one for one in ENGINES if one == engine), None)
-    if chosen is None:
+    known: dict[str, Engine] = {one: one for one in ENGINES}
+    if engine not in known:
         raise CommandError(f"--engine {engine}: it is one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
     where = choose_device(device)
     numbers = str(choose_dtype(dtype, where)).removeprefix("torch.")
     names = given or [str(default_model())]
-    return [Model(name, numbers, str(where), chosen) for name in names]
+    return [Model(name, numbers, str(where), known[engine]) for name in names]
 
 
 def _run(
