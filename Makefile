@@ -51,7 +51,7 @@ PORT        ?= 8000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve-demo test test-versions test-vllm test-harness test-ray packaging lint types bench bench-peers bench-vllm bench-gpu docs clean
+.PHONY: help demo serve-demo test test-versions test-vllm test-harness test-ray packaging lint types bench bench-peers bench-vllm bench-gpu docs test-site clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
@@ -186,6 +186,10 @@ bench-gpu: ## on a CUDA machine, with PYTHON's packages (ten minutes)
 docs: $(READY) ## the documentation, into site/
 	@echo "== docs: mkdocs build --strict"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test-site: docs ## links and pages of the built documentation
+	@echo "== test-site: tests/site"
+	@$(PYTEST) -q tests/site
 
 clean: ## delete builds and caches, not the environment
 	@echo "== clean: builds and caches"
