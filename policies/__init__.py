@@ -1,8 +1,12 @@
 """The zoo: published eviction methods, one a file, each a few lines in the algebra."""
 
+from kvpolicy.policies.adakv import adakv
+from kvpolicy.policies.curdkv import curdkv
+from kvpolicy.policies.duo_attention import duo_attention
 from kvpolicy.policies.h2o import h2o
 from kvpolicy.policies.keydiff import keydiff
 from kvpolicy.policies.knorm import knorm
+from kvpolicy.policies.lagkv import lagkv
 from kvpolicy.policies.pyramidkv import pyramidkv
 from kvpolicy.policies.random_eviction import random_eviction
 from kvpolicy.policies.recommended import recommended
@@ -13,9 +17,13 @@ from kvpolicy.policies.tova import tova
 from kvpolicy.policies.vase import vase, vase_dkv
 
 __all__ = [
+    "adakv",
+    "curdkv",
+    "duo_attention",
     "h2o",
     "keydiff",
     "knorm",
+    "lagkv",
     "pyramidkv",
     "random_eviction",
     "recommended",

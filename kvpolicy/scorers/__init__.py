@@ -2,6 +2,7 @@
 
 from kvpolicy.scorers.attention import AccumulatedAttention, Attention, LastQuery
 from kvpolicy.scorers.keys import KeyDifference, Redundancy
+from kvpolicy.scorers.lag import LagRelative
 from kvpolicy.scorers.leverage import Leverage
 from kvpolicy.scorers.tokens import Constant, KeyNorm, Recency, ValueNorm, magnitude
 
@@ -11,6 +12,7 @@ __all__ = [
     "Constant",
     "KeyDifference",
     "KeyNorm",
+    "LagRelative",
     "LastQuery",
     "Leverage",
     "Recency",

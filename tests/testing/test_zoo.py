@@ -38,9 +38,16 @@ def small(policy: Policy) -> Policy:
 
 
 ZOO = {
+    "adakv": small(policies.adakv(BUDGET, window=4, pool=3)),
+    "curdkv": small(policies.curdkv(BUDGET, local=3)),
+    "curdkv of VaSE's authors": small(policies.curdkv(BUDGET, rank=4, local=None, interval=64)),
+    "duo_attention": small(
+        policies.duo_attention(BUDGET, ((True, False), (False, True), (True, False)), sinks=2, recent=RECENT)
+    ),
     "h2o": small(policies.h2o(BUDGET)),
     "keydiff": small(policies.keydiff(BUDGET)),
     "knorm": small(policies.knorm(BUDGET)),
+    "lagkv": small(policies.lagkv(BUDGET, lag=4, sinks=2)),
     "pyramidkv": small(policies.pyramidkv(BUDGET, beta=4, window=4)),
     "random_eviction": small(policies.random_eviction(BUDGET)),
     "reservoir": small(policies.random_eviction(BUDGET, redraw=False)),
@@ -100,4 +107,4 @@ def test_every_invariant(policy: EvictionPolicy, check: Check) -> None:
 
 
 def test_no_method_is_left_out() -> None:
-    assert ZOO.keys() - {"reservoir"} == set(policies.__all__)
+    assert ZOO.keys() - {"reservoir", "curdkv of VaSE's authors"} == set(policies.__all__)
