@@ -9,7 +9,7 @@ Importing kvpolicy changes nothing in any library, and loads torch alone.
 
 from pathlib import Path as _Path
 
-from kvpolicy.allocators import Allocator, PerLayer, Pyramid, Uniform
+from kvpolicy.allocators import Allocator, PerLayer, Proportional, Pyramid, Uniform
 from kvpolicy.errors import (
     BindError,
     BudgetError,
@@ -25,11 +25,15 @@ from kvpolicy.errors import (
 )
 from kvpolicy.guards import Prompt, Sinks, ValueGuard
 from kvpolicy.heads import Adaptive, PerHead
+from kvpolicy.output import OutputProjection
+from kvpolicy.output_norm import OutputNorm
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
+from kvpolicy.score_guards import MassGuard, ScoreGuard
 from kvpolicy.scorers import (
     AccumulatedAttention,
     Attention,
     Constant,
+    ExpectedAttention,
     KeyDifference,
     KeyNorm,
     LagRelative,
@@ -37,7 +41,9 @@ from kvpolicy.scorers import (
     Leverage,
     Recency,
     Redundancy,
+    SpreadAttention,
     ValueNorm,
+    WorstAttention,
 )
 from kvpolicy.scores import Keep, Scores, Tier, select_top
 from kvpolicy.selectors import TopK
@@ -64,6 +70,7 @@ __all__ = [
     "CompositionError",
     "Constant",
     "EvictionPolicy",
+    "ExpectedAttention",
     "IntegrityError",
     "KVPolicyError",
     "Keep",
@@ -74,8 +81,11 @@ __all__ = [
     "LayerPlan",
     "LayerSpec",
     "Leverage",
+    "MassGuard",
     "ModelSpec",
     "Normalize",
+    "OutputNorm",
+    "OutputProjection",
     "ParameterError",
     "ParseError",
     "PerHead",
@@ -84,13 +94,16 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Prompt",
+    "Proportional",
     "Pyramid",
     "Recency",
     "Redundancy",
+    "ScoreGuard",
     "Scorer",
     "Scores",
     "Selector",
     "Sinks",
+    "SpreadAttention",
     "Stage",
     "StageState",
     "State",
@@ -106,6 +119,7 @@ __all__ = [
     "ValueGuard",
     "ValueNorm",
     "View",
+    "WorstAttention",
     "__version__",
     "maximum",
     "select_top",

@@ -1,6 +1,8 @@
 """Scorers: each gives every slot a number, higher is kept."""
 
 from kvpolicy.scorers.attention import AccumulatedAttention, Attention, LastQuery
+from kvpolicy.scorers.each import SpreadAttention, WorstAttention
+from kvpolicy.scorers.expected import ExpectedAttention
 from kvpolicy.scorers.keys import KeyDifference, Redundancy
 from kvpolicy.scorers.lag import LagRelative
 from kvpolicy.scorers.leverage import Leverage
@@ -10,6 +12,7 @@ __all__ = [
     "AccumulatedAttention",
     "Attention",
     "Constant",
+    "ExpectedAttention",
     "KeyDifference",
     "KeyNorm",
     "LagRelative",
@@ -17,6 +20,8 @@ __all__ = [
     "Leverage",
     "Recency",
     "Redundancy",
+    "SpreadAttention",
     "ValueNorm",
+    "WorstAttention",
     "magnitude",
 ]

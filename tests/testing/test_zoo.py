@@ -39,11 +39,15 @@ def small(policy: Policy) -> Policy:
 
 ZOO = {
     "adakv": small(policies.adakv(BUDGET, window=4, pool=3)),
+    "cake": small(policies.cake(BUDGET, preferences=(2.0, 1.5, 1.0), window=4)),
+    "criticalkv": small(policies.criticalkv(BUDGET, window=4)),
     "curdkv": small(policies.curdkv(BUDGET, local=3)),
     "curdkv of VaSE's authors": small(policies.curdkv(BUDGET, rank=4, local=None, interval=64)),
+    "defensivekv": small(policies.defensivekv(BUDGET, window=4)),
     "duo_attention": small(
         policies.duo_attention(BUDGET, ((True, False), (False, True), (True, False)), sinks=2, recent=RECENT)
     ),
+    "expected_attention": small(policies.expected_attention(BUDGET, window=6, future=9, sinks=2)),
     "h2o": small(policies.h2o(BUDGET)),
     "keydiff": small(policies.keydiff(BUDGET)),
     "knorm": small(policies.knorm(BUDGET)),
