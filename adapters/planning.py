@@ -11,15 +11,18 @@ from kvpolicy.stage import Chain, Stage
 
 __all__ = ["by_plan", "checked", "integers", "plans_of_layers", "policy_text"]
 
-OFFERS = frozenset({"queries", "every_query", "cross_heads", "head_budgets"})  #: what these adapters can give
+OFFERS = frozenset({"queries", "every_query", "cross_heads", "head_budgets"})  #: what every adapter here can give
 
 
-def checked(policy: EvictionPolicy | Sequence[EvictionPolicy], adapter: str) -> tuple[EvictionPolicy, ...]:
+def checked(
+    policy: EvictionPolicy | Sequence[EvictionPolicy], adapter: str, offers: frozenset[str] = OFFERS
+) -> tuple[EvictionPolicy, ...]:
     """Return the policies, one object for equal ones, or say why one of them cannot be followed here.
 
     Args:
         policy: one, or one a request.
         adapter: to be named, as ``"the transformers adapter"``.
+        offers: what it can give.
     """
     if isinstance(policy, Sequence) and not isinstance(policy, str):
         if not policy:
@@ -27,12 +30,12 @@ def checked(policy: EvictionPolicy | Sequence[EvictionPolicy], adapter: str) -> 
         found: list[EvictionPolicy] = []
         for one in policy:
             same = next((other for other in found if other == one), one)
-            found.append(_checked_one(same, adapter))
+            found.append(_checked_one(same, adapter, offers))
         return tuple(found)
-    return (_checked_one(policy, adapter),)
+    return (_checked_one(policy, adapter, offers),)
 
 
-def _checked_one(policy: EvictionPolicy, adapter: str) -> EvictionPolicy:
+def _checked_one(policy: EvictionPolicy, adapter: str, offers: frozenset[str]) -> EvictionPolicy:
     """Return the policy, or say why it is none, or why the adapter cannot give what it needs."""
     if isinstance(policy, Stage | Chain):
         raise BindError(f"{policy!r} is not a policy yet; write Policy({policy!r})")
@@ -45,11 +48,11 @@ def _checked_one(policy: EvictionPolicy, adapter: str) -> EvictionPolicy:
             f"{policy!r} is not an EvictionPolicy: write one with vase(1024) or Policy(...), or give your class the "
             "attribute needs and the methods plan(model), init(spec, rows) and select(view, state)"
         )
-    missing = policy.needs - OFFERS
+    missing = policy.needs - offers
     if missing:
         raise UnsupportedError(
             f"{policy!r} needs {', '.join(sorted(missing))}, which {adapter} cannot give; "
-            f"it gives {', '.join(sorted(OFFERS))}"
+            f"it gives {', '.join(sorted(offers))}"
         )
     return policy
 

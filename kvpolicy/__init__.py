@@ -9,7 +9,7 @@ Importing kvpolicy changes nothing in any library, and loads torch alone.
 
 from pathlib import Path as _Path
 
-from kvpolicy.allocators import Allocator, PerLayer, Pyramid, Uniform
+from kvpolicy.allocators import Allocator, PerLayer, Proportional, Pyramid, Uniform
 from kvpolicy.errors import (
     BindError,
     BudgetError,
@@ -25,18 +25,25 @@ from kvpolicy.errors import (
 )
 from kvpolicy.guards import Prompt, Sinks, ValueGuard
 from kvpolicy.heads import Adaptive, PerHead
+from kvpolicy.output import OutputProjection
+from kvpolicy.output_norm import OutputNorm
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
+from kvpolicy.score_guards import MassGuard, ScoreGuard
 from kvpolicy.scorers import (
     AccumulatedAttention,
     Attention,
     Constant,
+    ExpectedAttention,
     KeyDifference,
     KeyNorm,
+    LagRelative,
     LastQuery,
     Leverage,
     Recency,
     Redundancy,
+    SpreadAttention,
     ValueNorm,
+    WorstAttention,
 )
 from kvpolicy.scores import Keep, Scores, Tier, select_top
 from kvpolicy.selectors import TopK
@@ -63,17 +70,22 @@ __all__ = [
     "CompositionError",
     "Constant",
     "EvictionPolicy",
+    "ExpectedAttention",
     "IntegrityError",
     "KVPolicyError",
     "Keep",
     "KeyDifference",
     "KeyNorm",
+    "LagRelative",
     "LastQuery",
     "LayerPlan",
     "LayerSpec",
     "Leverage",
+    "MassGuard",
     "ModelSpec",
     "Normalize",
+    "OutputNorm",
+    "OutputProjection",
     "ParameterError",
     "ParseError",
     "PerHead",
@@ -82,13 +94,16 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Prompt",
+    "Proportional",
     "Pyramid",
     "Recency",
     "Redundancy",
+    "ScoreGuard",
     "Scorer",
     "Scores",
     "Selector",
     "Sinks",
+    "SpreadAttention",
     "Stage",
     "StageState",
     "State",
@@ -104,6 +119,7 @@ __all__ = [
     "ValueGuard",
     "ValueNorm",
     "View",
+    "WorstAttention",
     "__version__",
     "maximum",
     "select_top",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvpolicy.scores import Scores
     from kvpolicy.view import View
 
-__all__ = ["Allocator", "Budget", "PerLayer", "Pyramid", "Uniform"]
+__all__ = ["Allocator", "Budget", "PerLayer", "Proportional", "Pyramid", "Uniform"]
 
 #: Slots that each KV head of a layer keeps, or one number a head; None leaves the layer alone.
 Budget: TypeAlias = "int | tuple[int, ...] | None"
@@ -169,6 +169,59 @@ class Pyramid(Allocator):
         step = 2 * (shared - last) / max(1, num_layers - 1)
         line = [last + step * (num_layers - 1 - index) for index in range(num_layers)]
         return tuple(recent + slots for slots in _whole(line))
+
+
+@dataclass(frozen=True, repr=False)
+class Proportional(Allocator):
+    """Give each layer slots in proportion to a number that was measured for it beforehand.
+
+    What the last tokens leave of the budgets is shared out, whole numbers by the largest remainder: all layers
+    together keep exactly what a uniform budget would keep. Budgets are fixed before any token is seen, since
+    memory is allocated once; so the numbers are those of a sample of texts, and not of each prompt.
+
+    Args:
+        budget: slots kept per KV head after an eviction, on average over the layers.
+        preferences: one positive number for each layer that may evict, in order.
+
+    Source: CAKE, https://arxiv.org/abs/2503.12491, section 4.2.
+
+    >>> Proportional(100, (3.0, 1.0)).budgets(num_layers=2, recent=20)
+    (140, 60)
+    """
+
+    budget: int
+    preferences: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _check.integer(self, "budget", self.budget, 1)
+        if not isinstance(self.preferences, tuple | list) or not self.preferences:
+            raise ParameterError(
+                f"Proportional(preferences={self.preferences!r}): write one number for each layer, such as (3.0, 1.0)"
+            )
+        object.__setattr__(self, "preferences", tuple(self.preferences))
+        for number, preference in enumerate(self.preferences):
+            _check.number(self, f"preferences[{number}]", preference, 0, above=True)
+
+    def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
+        """Return budgets in proportion; their mean is ``budget``.
+
+        Raises:
+            BudgetError: the model has another number of layers that may evict, or a layer would have
+                nothing beside the last tokens.
+        """
+        if len(self.preferences) != num_layers:
+            raise BudgetError(
+                f"{self!r} names {len(self.preferences)} layers, and the model has {num_layers} that may evict; write "
+                "one number for each of them"
+            )
+        given = [Fraction(preference) for preference in self.preferences]
+        shares = _whole([max(0, self.budget - recent) * num_layers * one / sum(given) for one in given])
+        if min(shares) < 1:
+            raise BudgetError(
+                f"{self!r} leaves layer {shares.index(min(shares))} nothing beside the last {recent} tokens; raise the "
+                "budget, write a smaller recent=, or bring the preferences nearer to each other"
+            )
+        return tuple(recent + share for share in shares)
 
 
 def _whole(shares: list[Fraction]) -> list[int]:

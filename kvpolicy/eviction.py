@@ -14,6 +14,7 @@ from kvpolicy.band import Band, Span
 from kvpolicy.compaction import compress
 from kvpolicy.host import on_device, on_host, sent
 from kvpolicy.integrity import insist_on_keep
+from kvpolicy.output import OutputProjection
 from kvpolicy.policy import LayerPlan
 from kvpolicy.row import Row
 from kvpolicy.scattered import Scattered
@@ -23,6 +24,7 @@ from kvpolicy.window import oldest_first, unrolled
 
 __all__ = ["LogitSpec", "due_rows", "evict", "evict_due", "fill_from", "is_end"]
 
+_BY_ROW = (Tensor, Scattered, OutputProjection)  #: kinds of fields of a view that have an entry a row
 _BYTES_PER_SLOT = 96  #: what tiers, keys of the total order and masks of one slot take at once
 
 
@@ -52,6 +54,8 @@ class LogitSpec:
     all_reduce: Callable[[Tensor], Tensor] | None = None
     workspace: int = DEFAULT_WORKSPACE
     absorb: Callable[[int, Tensor], Tensor] | None = None
+    output: tuple[Tensor, ...] | None = None
+    rotary: Tensor | None = None
 
 
 def evict_due(store: Store, before: Sequence[Row], logits: Callable[[], LogitSpec], *, turn: bool) -> None:
@@ -165,6 +169,7 @@ def _view(store: Store, at: slice, columns: dict[str, Tensor], goal: Tensor, hel
         sink_logits=None if logits.sinks is None else logits.sinks.repeat_interleave(len(store.rows), 0)[at],
         **mine,
         **_of_model(logits),
+        **_of_weights(logits, range(at.start, at.stop), len(store.rows)),
     )
 
 
@@ -352,6 +357,7 @@ def fill_from(
         sink_logits=None if logits.sinks is None else logits.sinks.expand(len(after), -1),
         **columns,
         **_of_model(logits),
+        **_of_weights(logits, range(len(after)), len(after)),
     )
     states = [_state_of_turn(store, band, band.layer(index), old, keys.shape[2] - old) for band in store.bands]
     sharing = store.sharing(after, store.over_budget(after))
@@ -423,8 +429,18 @@ def _of_model(logits: LogitSpec) -> dict[str, Any]:
     }
 
 
+def _of_weights(logits: LogitSpec, rows: Sequence[int], requests: int) -> dict[str, Any]:
+    """Return what rows, of the ``layers * requests`` ones, are shown of their model's weights."""
+    found: dict[str, Any] = {}
+    if logits.output is not None:
+        found["output"] = OutputProjection(logits.output, tuple(row // requests for row in rows))
+    if logits.rotary is not None:
+        found["rotary"] = logits.rotary.expand(len(rows), -1)
+    return found
+
+
 def _rows_of(view: View, at: slice) -> View:
     """Return some rows of a view."""
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
-    some: dict[str, Any] = {name: value[at] for name, value in fields.items() if isinstance(value, Tensor | Scattered)}
+    some: dict[str, Any] = {name: value[at] for name, value in fields.items() if isinstance(value, _BY_ROW)}
     return dataclasses.replace(view, **some)

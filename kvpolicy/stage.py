@@ -38,7 +38,8 @@ class Stage:
         needs: names of what the engine must offer: ``"queries"`` (the observation window),
             ``"every_query"`` (it asks at every interval, even where nothing has to go, so that no
             query leaves the window unseen), ``"cross_heads"`` (a reduction over heads that may
-            live on other devices).
+            live on other devices), ``"output_projection"`` (the weights that turn values into the
+            output of a layer), ``"rotary"`` (by how much positions turn queries and keys).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

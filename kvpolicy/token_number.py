@@ -22,6 +22,13 @@ class TokenNumber(Stage):
         """Return the number of each token, computed in ``dtype``: ``[..., D]``, ``[..., Dv]`` to ``[...]``."""
         raise NotImplementedError(f"{type(self).__name__} has no number(keys, values, dtype)")
 
+    def numbers_in(self, view: View, keys: Tensor, values: Tensor) -> Tensor:
+        """Return the number of some tokens of each row, ``[B, H, F]``, given ``[B, H, F, D]`` and ``[B, H, F, Dv]``.
+
+        Where the number depends on the layer, too, this is what a stage writes instead of :meth:`number`.
+        """
+        return self.number(keys, values, view.compute_dtype)
+
     def init(self, spec: LayerSpec, rows: int) -> StageState:
         """Return zeros, one float32 a slot."""
         return StageState((torch.zeros(rows, spec.num_heads, spec.capacity, device=spec.device),))
@@ -30,14 +37,14 @@ class TokenNumber(Stage):
         """Return the state with the numbers of the fresh slots filled in."""
         numbers, slots, size = self.numbers(state), view.fresh, view.shape[2]
         if slots.shape[-1] >= size:  # a prompt: every slot is new, and nothing need be gathered
-            every = self.number(view.keys, view.values, view.compute_dtype).to(torch.float32)
+            every = self.numbers_in(view, view.keys, view.values).to(torch.float32)
             return StageState((torch.where(view.valid, every, 0),))
         if slots.shape[-1] == 0:
             return StageState((numbers,))
         padded = slots < 0
         slots = torch.where(padded, slots[..., :1], slots).clamp(min=0)  # padding repeats the first
         keys, values = take(view.keys, slots), take(view.values, slots)
-        new = self.number(keys, values, view.compute_dtype).to(torch.float32)
+        new = self.numbers_in(view, keys, values).to(torch.float32)
         new = torch.where(view.fresh[..., :1] < 0, numbers.gather(-1, slots), new)
         return StageState((numbers.scatter(-1, slots, new),))
 

@@ -10,6 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kvpolicy.output import OutputProjection
+
 __all__ = ["LayerSpec", "State", "StageState", "View"]
 
 DEFAULT_WORKSPACE = 256 * 2**20  #: bytes that one eviction may take for temporaries
@@ -99,6 +101,9 @@ class View:
         scaling: what the model multiplies logits by.
         softcap: what the model caps logits with, or None.
         sink_logits: ``[B, Hq]`` float, a logit that takes part in every softmax, or None.
+        output: the output projection of each row's layer, or None where no stage asks for it.
+        rotary: ``[B, D / 2]`` float64, radians a position by which each pair of elements of queries and keys
+            is turned, elements ``i`` and ``D / 2 + i``; or None where no stage asks for it.
         all_reduce: returns the sum of a tensor over the ranks that share the model's heads, the
             same on each of them, or None on one device; see :meth:`reduce_heads`.
         workspace: bytes that temporaries may take.
@@ -132,6 +137,8 @@ class View:
     scaling: float = 1.0
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    output: OutputProjection | None = None
+    rotary: Tensor | None = None
     all_reduce: Callable[[Tensor], Tensor] | None = None
     workspace: int = DEFAULT_WORKSPACE
     sharing: Tensor | None = None

@@ -1,8 +1,16 @@
 """The zoo: published eviction methods, one a file, each a few lines in the algebra."""
 
+from kvpolicy.policies.adakv import adakv
+from kvpolicy.policies.cake import cake
+from kvpolicy.policies.criticalkv import criticalkv
+from kvpolicy.policies.curdkv import curdkv
+from kvpolicy.policies.defensivekv import defensivekv
+from kvpolicy.policies.duo_attention import duo_attention
+from kvpolicy.policies.expected_attention import expected_attention
 from kvpolicy.policies.h2o import h2o
 from kvpolicy.policies.keydiff import keydiff
 from kvpolicy.policies.knorm import knorm
+from kvpolicy.policies.lagkv import lagkv
 from kvpolicy.policies.pyramidkv import pyramidkv
 from kvpolicy.policies.random_eviction import random_eviction
 from kvpolicy.policies.recommended import recommended
@@ -13,9 +21,17 @@ from kvpolicy.policies.tova import tova
 from kvpolicy.policies.vase import vase, vase_dkv
 
 __all__ = [
+    "adakv",
+    "cake",
+    "criticalkv",
+    "curdkv",
+    "defensivekv",
+    "duo_attention",
+    "expected_attention",
     "h2o",
     "keydiff",
     "knorm",
+    "lagkv",
     "pyramidkv",
     "random_eviction",
     "recommended",

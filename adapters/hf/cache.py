@@ -19,6 +19,7 @@ from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.passes import Passes
 from kvpolicy.adapters.hf.ranks import kept_alike
+from kvpolicy.adapters.hf.weights import OFFERS, weights_of
 from kvpolicy.errors import IntegrityError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
 from kvpolicy.receipt import Receipt, receipt_of
@@ -101,7 +102,7 @@ class EvictionCache(Passes):
             _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
         self.model, self.static = model, static
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
-        self.policies = planning.checked(policy, "the transformers adapter")
+        self.policies = planning.checked(policy, "the transformers adapter", planning.OFFERS | OFFERS)
         self.sharing, self.ranks = found.sharing, found.ranks
         if static and self.ranks.size > 1:
             raise UnsupportedError(
@@ -126,6 +127,9 @@ class EvictionCache(Passes):
                 f"static=True gives decoding fixed shapes, and the policy leaves layers alone, whose slots grow: "
                 f"{', '.join(map(str, alone))}; leave static out, or give them a budget beyond the longest text"
             )
+        evicting = [layer for layer, plans in by_layer.items() if plans]
+        needs = frozenset[str]().union(*(one.needs for one in self.policies))
+        weights = weights_of(compat.decoder_of(model), evicting, needs, alone=found.ranks.size == 1)
         self.skipped = {**found.skipped, **dict.fromkeys(alone, "left alone by the policy")}
         groups = [
             Group(
@@ -136,6 +140,7 @@ class EvictionCache(Passes):
                 workspace,
                 found.ranks,
                 {i: found.latents[i] for i in same if i in found.latents},
+                weights,
             )
             for device, group in found.groups.items()
             for plans, same in planning.by_plan(group, by_layer)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvpolicy.adapters.hf.latent import Latent
 from kvpolicy.adapters.hf.ranks import Ranks
 from kvpolicy.adapters.hf.static import StaticSlots
+from kvpolicy.adapters.hf.weights import Weights
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.eviction import LogitSpec, evict_due
 from kvpolicy.policy import LayerPlan
@@ -34,6 +35,7 @@ class Group:
         workspace: bytes that the temporaries of one eviction may take.
         ranks: the processes that share the heads.
         latents: how each layer expands its latents, where that is what it caches.
+        weights: what policies read of the model's.
         store: allocated when the first tokens come.
         logits: what each layer's attention was last called with.
         unsettled: the rows as they were before tokens that may still be taken back.
@@ -48,6 +50,7 @@ class Group:
     workspace: int
     ranks: Ranks
     latents: dict[int, Latent]
+    weights: Weights
     store: Store | None = None
     logits: dict[int, dict[str, Any]] = field(default_factory=dict)
     unsettled: list[Row] | None = None
@@ -119,6 +122,8 @@ class Group:
             all_reduce=self.ranks.all_reduce,
             workspace=self.workspace,
             absorb=self._absorbed if self.latents else None,
+            output=self.weights.output_of(layers or self.layers, spec),
+            rotary=self.weights.rotary_of(spec),
         )
 
     def _absorbed(self, index: int, queries: Tensor) -> Tensor:

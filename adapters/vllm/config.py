@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvpolicy.adapters import planning
-from kvpolicy.allocators import PerLayer, Pyramid
+from kvpolicy.allocators import PerLayer, Proportional, Pyramid
 from kvpolicy.errors import BindError, UnsupportedError, nearest
 from kvpolicy.policy import LayerPlan, ModelSpec, Policy
 
@@ -146,7 +146,7 @@ def followed(text: str, interval: int | None = None) -> tuple[Policy, LayerPlan]
         f"{text!r} gives layers budgets of their own: vLLM has one block table for all layers of a group; "
         "write TopK(budget)"
     )
-    if isinstance(policy.chain.selector.sharing(), PerLayer | Pyramid):
+    if isinstance(policy.chain.selector.sharing(), PerLayer | Proportional | Pyramid):
         raise layered
     if policy.interval is None:
         raise UnsupportedError(

@@ -32,6 +32,7 @@ class Attention(Scorer):
         reduce: ``"mean"`` or ``"max"`` over window and group.
         over: softmax over the ``"candidates"`` alone, as VaSE does, or over ``"all"`` slots.
         temperature: divides the logits; inside the softmax, before any averaging.
+        pooling: take the ``"mean"`` of the neighbours, or the ``"max"``.
 
     Source: SnapKV (arXiv 2404.14469, section 4), in VaSE's form (arXiv 2606.03928): candidates
     alone, mean over window and group, average pooling of 5.
@@ -47,6 +48,7 @@ class Attention(Scorer):
     reduce: Literal["mean", "max"] = "mean"
     over: Literal["candidates", "all"] = "candidates"
     temperature: float = 1.0
+    pooling: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
         _check.integer(self, "window", self.window, 1)
@@ -56,6 +58,7 @@ class Attention(Scorer):
         _check.choice(self, "reduce", self.reduce, ("mean", "max"))
         _check.choice(self, "over", self.over, ("candidates", "all"))
         _check.number(self, "temperature", self.temperature, 0, above=True)
+        _check.choice(self, "pooling", self.pooling, ("mean", "max"))
 
     def queries_read(self, interval: int | None) -> int:
         """Return the window."""
@@ -85,7 +88,7 @@ class Attention(Scorer):
             lse=newest_lse(view, self.window) if self.over == "all" else None,
         )
         if self.pool > 1:
-            amount = smooth(amount, view.order, count, self.pool)
+            amount = smooth(amount, view.order, count, self.pool, self.pooling)
         return Scores.of(view, amount, weights=True)
 
 
@@ -233,17 +236,21 @@ def sum_over_heads(amount: Tensor, positions: Tensor, order: Tensor, wanted: Ten
     return total.view(wanted.shape)
 
 
-def smooth(amount: Tensor, order: Tensor, count: Tensor, width: int) -> Tensor:
-    """Average over ``width`` neighbours in position; beyond either end there is nothing, which counts as 0.
+def smooth(
+    amount: Tensor, order: Tensor, count: Tensor, width: int, pooling: Literal["mean", "max"] = "mean"
+) -> Tensor:
+    """Pool over ``width`` neighbours in position; beyond either end there is nothing, which counts as 0.
 
     Args:
         amount: ``[B, H, S]``, in slot order.
         order: ``[B, H, S]``, the slots in position order.
         count: ``[B, H]``, how many slots from the start of ``order`` take part.
         width: odd.
+        pooling: the mean of the neighbours, or the largest, where none is negative.
     """
     slots = order.to(torch.int64)
     inside = torch.arange(amount.shape[-1], device=amount.device) < count[..., None]
     ordered = torch.where(inside, amount.gather(-1, slots), 0)
-    pooled = F.avg_pool1d(ordered, width, stride=1, padding=width // 2)
+    pool = F.avg_pool1d if pooling == "mean" else F.max_pool1d
+    pooled = pool(ordered, width, stride=1, padding=width // 2)
     return torch.zeros_like(amount).scatter(-1, slots, torch.where(inside, pooled, 0))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.output import OutputProjection
 from kvpolicy.view import StageState, State, View
 
 __all__ = ["perturbed", "permuted_slots", "refilled", "selected_heads", "selected_rows", "widened"]
@@ -44,7 +45,7 @@ def selected_rows(view: View, state: State, rows: Sequence[int]) -> tuple[View, 
     """Return some rows, in the order named."""
     at = torch.tensor(list(rows))
     fields = {field.name: getattr(view, field.name) for field in dataclasses.fields(view)}
-    changes: dict[str, Any] = {name: x[at] for name, x in fields.items() if isinstance(x, Tensor)}
+    changes: dict[str, Any] = {name: x[at] for name, x in fields.items() if isinstance(x, Tensor | OutputProjection)}
     picked = dataclasses.replace(view, **changes)
     picked = dataclasses.replace(
         picked,
@@ -64,6 +65,9 @@ def selected_heads(view: View, state: State, start: int, stop: int) -> tuple[Vie
     if view.sink_logits is not None:
         group = view.sink_logits.shape[1] // view.shape[1]
         changes["sink_logits"] = view.sink_logits[:, start * group : stop * group].contiguous()
+    if view.output is not None:
+        group = view.output.weights[0].shape[1] // view.shape[1]
+        changes["output"] = view.output.heads(start * group, stop * group)
     part = dataclasses.replace(view, **changes, head_offset=view.head_offset + start)
     return part, _each(state, lambda slots: slots[:, start:stop].contiguous(), lambda rows: rows)
 

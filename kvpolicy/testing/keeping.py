@@ -128,15 +128,27 @@ def check_guards(policy: EvictionPolicy) -> None:
 
 
 def tiers(policy: Policy, case: Case) -> Tensor:
-    """Return the protection tier of each slot, ``[B, H, S]``: what each transform says by itself."""
-    flat = torch.zeros(case.view.shape)
-    scores = Scores.of(case.view, flat, weights=True)
+    """Return the protection tier of each slot, ``[B, H, S]``: what each transform says by itself.
+
+    Transforms of the chain are told the scores that stand before them, and no tier of another one.
+    """
+    view, chain = case.view, policy.chain
+    assert chain.scorer is not None
+    states = tuple(
+        stage.update(view.at(index), held)
+        for index, (stage, held) in enumerate(zip(policy.stages, case.state, strict=True))
+    )
+    scores = chain.scorer.score_with(view.at(0), states)
+    plain = Scores.of(view, scores.values, weights=True)
+    flat, tier, inner = torch.zeros(view.shape), plain.tier, sum(1 for _ in chain.scorer.leaves())
     for index, stage in enumerate(policy.stages):
-        if isinstance(stage, Transform):
-            at = case.view.at(index)
-            scores = stage.apply(scores, at, stage.update(at, case.state[index]))
-            scores = dataclasses.replace(scores, values=flat, weights=True)
-    return scores.tier
+        if not isinstance(stage, Transform):
+            continue
+        given = scores if index >= inner else plain.replace(flat, weights=True)
+        said = stage.apply(dataclasses.replace(given, tier=plain.tier), view.at(index), states[index])
+        tier = torch.maximum(tier, said.tier)
+        scores = said if index >= inner else scores
+    return tier
 
 
 @check

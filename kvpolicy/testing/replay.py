@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.eviction import LogitSpec, evict, fill_from
+from kvpolicy.output import OutputProjection
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
 from kvpolicy.ragged import new_store
 from kvpolicy.row import Row
@@ -106,7 +108,12 @@ class StoreCache:
         spec = LayerSpec(script.heads, query_heads, 4, 4, plan.capacity, script.dtype, cpu)
         rows = [Row(seed=3 * r) for r in range(script.requests)]
         self.store = new_store(policy, plan, spec, self.layers, rows)
-        self.logits = LogitSpec(0.5, num_layers=script.layers, num_heads=script.heads)
+        random = torch.Generator().manual_seed(script.generator)
+        weights = [torch.randn(3, query_heads, 4, generator=random).to(script.dtype) for _ in self.layers]
+        rotary = torch.rand(2, generator=random, dtype=torch.float64)
+        self.logits = LogitSpec(
+            0.5, num_layers=script.layers, num_heads=script.heads, output=tuple(weights), rotary=rotary
+        )
 
     def step(self, tokens: Tokens, counts: tuple[int, ...], decoding: bool) -> Event:
         """Take one step's tokens into every layer, and evict where it is due."""
@@ -122,7 +129,8 @@ class StoreCache:
             if filling:
                 held_keys, held_values = store.in_use(index)
                 keys, values = torch.cat([held_keys, keys], 2), torch.cat([held_values, values], 2)
-                fill_from(store, index, keys, values, counts, after, self.logits)
+                logits = dataclasses.replace(self.logits, output=self.logits.output[index : index + 1])
+                fill_from(store, index, keys, values, counts, after, logits)
             else:
                 store.append(index, keys, values, counts)
         seen = tuple(row.seen for row in after)
@@ -233,6 +241,8 @@ class OrderedCache:
             num_layers=self.like.script.layers,
             num_heads=heads,
             scaling=self.like.logits.scaling,
+            output=OutputProjection(self.like.logits.output, (self.like.layers.index(self.layer),)),
+            rotary=self.like.logits.rotary[None],
             sharing=torch.tensor([True]) if sharing else None,
         )
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kvpolicy.output import OutputProjection
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.view import LayerSpec, State, View
 
@@ -78,6 +79,7 @@ class ViewSpec:
         free: what free slots hold.
         softcap: of the logits.
         sinks: add sink logits.
+        hidden: size of what output projections make of values.
         shuffle: put each head's tokens into slots in an order of its own.
         generator: seed of every random number.
     """
@@ -98,6 +100,7 @@ class ViewSpec:
     free: Free = "garbage"
     softcap: float | None = None
     sinks: bool = False
+    hidden: int = 3
     shuffle: bool = True
     generator: int = 0
 
@@ -145,6 +148,8 @@ class ViewSpec:
             scaling=self.head_dim**-0.5,
             softcap=self.softcap,
             sink_logits=sinks.contiguous() if self.sinks else None,
+            output=_projections(self, random),
+            rotary=torch.rand(self.head_dim // 2, generator=random, dtype=torch.float64).expand(b, -1),
         )
 
 
@@ -272,6 +277,14 @@ def _asked(rows: tuple[RowSpec, ...], window: int) -> Tensor:
         count = most if row.asked is None else min(row.asked, most)
         positions[r, window - count :] = torch.arange(row.seen - count, row.seen)
     return positions
+
+
+def _projections(spec: ViewSpec, random: torch.Generator) -> OutputProjection:
+    """Return an output projection for each layer that some row is."""
+    layers = sorted({row.layer for row in spec.rows})
+    shape = (spec.hidden, spec.heads * spec.group, spec.value_dim)
+    weights = tuple(torch.randn(shape, generator=random).to(spec.dtype) for _ in layers)
+    return OutputProjection(weights, tuple(layers.index(row.layer) for row in spec.rows))
 
 
 def _fill(spec: ViewSpec, shape: tuple[int, ...], random: torch.Generator, used: Tensor | None = None) -> Tensor:

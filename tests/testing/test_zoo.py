@@ -38,9 +38,19 @@ def small(policy: Policy) -> Policy:
 
 
 ZOO = {
+    "adakv": small(policies.adakv(BUDGET, window=4, pool=3)),
+    "cake": small(policies.cake(BUDGET, preferences=(2.0, 1.5, 1.0), window=4)),
+    "criticalkv": small(policies.criticalkv(BUDGET, window=4)),
+    "curdkv": small(policies.curdkv(BUDGET, local=3)),
+    "defensivekv": small(policies.defensivekv(BUDGET, window=4)),
+    "duo_attention": small(
+        policies.duo_attention(BUDGET, ((True, False), (False, True), (True, False)), sinks=2, recent=RECENT)
+    ),
+    "expected_attention": small(policies.expected_attention(BUDGET, window=6, future=9, sinks=2)),
     "h2o": small(policies.h2o(BUDGET)),
     "keydiff": small(policies.keydiff(BUDGET)),
     "knorm": small(policies.knorm(BUDGET)),
+    "lagkv": small(policies.lagkv(BUDGET, lag=4, sinks=2)),
     "pyramidkv": small(policies.pyramidkv(BUDGET, beta=4, window=4)),
     "random_eviction": small(policies.random_eviction(BUDGET)),
     "reservoir": small(policies.random_eviction(BUDGET, redraw=False)),

@@ -1,0 +1,66 @@
+"""The transform of CriticalKV and DefensiveKV: what a token's value does to the output of its layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvpolicy import _check
+from kvpolicy.scorers.attention import sum_over_heads
+from kvpolicy.scores import Scores
+from kvpolicy.stage import Transform
+from kvpolicy.token_number import TokenNumber
+from kvpolicy.view import StageState, View
+
+__all__ = ["OutputNorm"]
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, repr=False)
+class OutputNorm(TokenNumber, Transform):
+    """Multiply the score of a token by how large its value is once it is projected to the output.
+
+    How large: the sum of the absolute numbers of ``W_o v``, the mean over the query heads of the group. A
+    score that is attention becomes a bound of what losing the token changes. Logits have the logarithm of it added.
+
+    Args:
+        epsilon: added to the score first, so that a token without attention counts, too; with weights alone.
+        relative: divide by the sum of it over the KV heads of the layer that hold the token.
+
+    Source: CriticalKV, https://arxiv.org/abs/2502.03805, section 4; ``relative`` is that of DefensiveKV's code,
+    https://github.com/FFY0/DefensiveKV.
+
+    >>> from kvpolicy import Attention, Policy, TopK
+    >>> Policy(Attention() >> OutputNorm(1e-4) >> TopK(1024))
+    Policy(OutputNorm(epsilon=0.0001) >> TopK(1024))
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"output_projection"})
+
+    epsilon: float = 0.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        _check.number(self, "epsilon", self.epsilon, 0)
+        _check.flag(self, "relative", self.relative)
+        if self.relative:
+            object.__setattr__(self, "needs", frozenset({"output_projection", "cross_heads"}))
+
+    def numbers_in(self, view: View, keys: Tensor, values: Tensor) -> Tensor:
+        """Return the norm of each projected value."""
+        assert view.output is not None
+        return view.output.norms(values, view.compute_dtype, view.workspace)
+
+    def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
+        """Return the products; weights stay weights."""
+        norms = self.numbers(state)
+        if self.relative:
+            every = (view.gather_heads(t) for t in (norms, view.positions, view.order))
+            norms = norms / sum_over_heads(*every, view.positions).clamp(min=_TINY)
+        if not scores.weights:
+            return scores.replace(scores.values + torch.log(norms), weights=False)
+        return scores.replace((scores.values + self.epsilon) * norms, weights=True)

@@ -1,0 +1,75 @@
+"""Methods that look at partitions, single queries and weights: one graph, and nothing read back to the host."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from kvpolicy import (
+    ExpectedAttention,
+    LagRelative,
+    LayerSpec,
+    Leverage,
+    MassGuard,
+    OutputNorm,
+    OutputProjection,
+    Policy,
+    ScoreGuard,
+    SpreadAttention,
+    TopK,
+    WorstAttention,
+    policies,
+)
+from tests.core.views import view_of
+
+METHODS = {
+    "lagkv": policies.lagkv(24, lag=4, recent=8),
+    "curdkv": policies.curdkv(24, recent=8),
+    "cake": policies.cake(24, window=8),
+    "criticalkv": policies.criticalkv(24, window=8),
+    "defensivekv": policies.defensivekv(24, window=8),
+    "expected_attention": policies.expected_attention(24, window=8, future=5, recent=8),
+}
+# How many slots a head gets is decided elsewhere.
+POLICIES = {
+    name: Policy(dataclasses.replace(one.chain, selector=TopK(24)), recent=one.recent) for name, one in METHODS.items()
+}
+
+
+def shown(device: str, seed: int = 0) -> object:
+    torch.manual_seed(seed)
+    with torch.device(device):
+        keys, values = torch.randn(3, 2, 32, 8), torch.randn(3, 2, 32, 8)
+        output = OutputProjection((torch.randn(5, 4, 8), torch.randn(5, 4, 8)), (0, 0, 1))
+        rotary = torch.rand(4, dtype=torch.float64).expand(3, -1)
+        made = view_of(
+            keys, values, budget=24, recent=8, queries=torch.randn(3, 4, 16, 8), output=output, rotary=rotary
+        )
+        return dataclasses.replace(made, fresh=torch.arange(24, 32).expand(3, 2, 8))
+
+
+def test_view_to_keep_is_one_graph() -> None:
+    """All stages in one policy: each compiled by itself would take as long."""
+    scorer = LagRelative(4) + SpreadAttention(8) + ExpectedAttention(8, 5) + Leverage(None, local=4) + WorstAttention(8)
+    chain = scorer >> ScoreGuard() >> OutputNorm(relative=True) >> MassGuard(window=8) >> TopK(24)
+    policy = Policy(chain, recent=8)
+    state = policy.init(LayerSpec(2, 4, 8, 8, 32, torch.float32, torch.device("cpu")), 3)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(policy.select, fullgraph=True, dynamic=False, backend=counter)
+    for seed in range(2):
+        view = shown("cpu", seed)
+        assert torch.equal(compiled(view, state)[0].mask, policy.select(view, state)[0].mask)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_is_read_back_to_the_host(name: str) -> None:
+    """Tensors of this device hold no data: whatever asks for it fails."""
+    policy = POLICIES[name]
+    state = policy.init(LayerSpec(2, 4, 8, 8, 32, torch.float32, torch.device("meta")), 3)
+    with torch.device("meta"):
+        assert policy.select(shown("meta"), state)[0].mask.shape == (3, 2, 32)
