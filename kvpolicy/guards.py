@@ -16,7 +16,7 @@ from kvpolicy.stage import Transform
 from kvpolicy.token_number import TokenNumber
 from kvpolicy.view import StageState, View
 
-__all__ = ["Prompt", "Sinks", "ValueGuard"]
+__all__ = ["Prompt", "ScoreGuard", "Sinks", "ValueGuard"]
 
 
 def part(budget: Tensor, share: float) -> Tensor:
@@ -72,6 +72,41 @@ class ValueGuard(TokenNumber, Transform):
         slots, chosen = top(key, count, self.reserved(view.max_budget))
         large = mask_of(slots, chosen, size)
         return scores.guard(large, Tier.VALUE).guard(large & sinks, Tier.SINK)
+
+
+@dataclass(frozen=True, repr=False)
+class ScoreGuard(Transform):
+    """Protect the tokens that score highest, so that a sampler behind it draws among the others alone.
+
+    Tokens that a guard before this one protects are no part of it.
+
+    Args:
+        share: of the budget, rounded down.
+
+    Source: NACL (arXiv 2408.03675): the tokens that proxy queries attend to most stay, some of the
+    others are drawn.
+
+    >>> from kvpolicy import Attention, Policy, Stochastic, TopK
+    >>> Policy(Attention() >> ScoreGuard(0.5) >> Stochastic() >> TopK(1024))
+    Policy(ScoreGuard(0.5) >> Stochastic() >> TopK(1024))
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        _check.number(self, "share", self.share, 0, 1, above=True)
+
+    def reserved(self, budget: int) -> int:
+        """Return the share of the budget, rounded down."""
+        return math.floor(budget * self.share + 1e-9)
+
+    def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
+        """Return the scores with the highest of each head protected."""
+        free = scores.tier == Tier.CANDIDATE
+        key = torch.where(free, order_key(scores.values, view.positions), -1)
+        count = torch.minimum(part(view.budget, self.share), free.sum(-1))
+        slots, chosen = top(key, count, self.reserved(view.max_budget))
+        return scores.guard(mask_of(slots, chosen, view.shape[2]), Tier.VALUE)
 
 
 @dataclass(frozen=True, repr=False)

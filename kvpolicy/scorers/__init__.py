@@ -3,17 +3,24 @@
 from kvpolicy.scorers.attention import AccumulatedAttention, Attention, LastQuery
 from kvpolicy.scorers.keys import KeyDifference, Redundancy
 from kvpolicy.scorers.leverage import Leverage
+from kvpolicy.scorers.remembered import DecayedAttention, PerturbedAttention
+from kvpolicy.scorers.times import AttentionCount, LastAttended, Recurrence
 from kvpolicy.scorers.tokens import Constant, KeyNorm, Recency, ValueNorm, magnitude
 
 __all__ = [
     "AccumulatedAttention",
     "Attention",
+    "AttentionCount",
     "Constant",
+    "DecayedAttention",
     "KeyDifference",
     "KeyNorm",
+    "LastAttended",
     "LastQuery",
     "Leverage",
+    "PerturbedAttention",
     "Recency",
+    "Recurrence",
     "Redundancy",
     "ValueNorm",
     "magnitude",
