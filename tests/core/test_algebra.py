@@ -245,7 +245,7 @@ def test_parameters_out_of_range(make: Any, message: str) -> None:
         ("ValueGuard( >> TopK(9)", "cannot read .*character"),
         (
             "ValueGaurd() >> TopK(9)",
-            r"'ValueGaurd' is not known \(did you mean 'ValueGuard'\?\). Stages: Accum.*Recipes: h2o",
+            r"'ValueGaurd' is not known \(did you mean 'ValueGuard'\?\). Stages: Accum.*Recipes: caote",
         ),
         (
             "ValueGuard(shar=0.5) >> TopK(9)",
