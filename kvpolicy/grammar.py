@@ -74,7 +74,7 @@ class _Reader:
                 self.refuse(node, "a policy text holds stages, numbers, strings, >>, + and * alone")
 
     def combine(self, node: ast.expr, left: Any, sign: str, right: Any) -> Any:
-        if sign == "*" and isinstance(right, Scorer):
+        if sign == "*" and isinstance(right, Scorer) and not isinstance(left, Scorer):
             return right * left
         if not isinstance(left, Scorer):
             self.refuse(node, f"{sign} mixes scorers, and {left!r} is none")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpolicy.view import View
 
-__all__ = ["gumbel", "normal", "stream", "uniform_bits"]
+__all__ = ["extend", "gumbel", "normal", "stream", "uniform_bits"]
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x1E3779B1  # odd, below 2**31: a product with a 32-bit word stays below 2**63
@@ -65,6 +65,11 @@ def stream(view: View, seed: int, *, per_head: bool = True, redraw: bool = True)
         heads = torch.arange(view.shape[1], device=a.device)[None] + view.head_offset
         a, b = _absorb((a, b), heads + 1)
     return a, b
+
+
+def extend(key: tuple[Tensor, Tensor], word: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Return a key that belongs to ``word``, too, such as the position of a query; the two are broadcast."""
+    return _absorb(key, word)
 
 
 def uniform_bits(key: tuple[Tensor, Tensor], counter: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -22,27 +22,39 @@ __all__ = ["MassGuard", "ScoreGuard"]
 class ScoreGuard(Transform):
     """Protect the tokens that score highest where it stands, whatever later stages make of their scores.
 
+    So a sampler behind it draws among the others alone. Tokens that a guard before this one protects are
+    no part of it.
+
     Args:
-        share: of what the last tokens leave of the budget, rounded down.
+        share: of the budget, rounded down.
+        of: what the share is of: the ``"budget"``, or the ``"rest"``, which the last tokens leave of it.
 
-    Source: the first of CriticalKV's two stages, https://arxiv.org/abs/2502.03805, section 4.
+    Source: the first of CriticalKV's two stages, https://arxiv.org/abs/2502.03805, section 4, whose share is of
+    the rest; and NACL, https://arxiv.org/abs/2408.03675, which draws some of the others.
 
-    >>> from kvpolicy import Attention, OutputNorm, Policy, TopK
-    >>> Policy(Attention(over="all") >> ScoreGuard(0.5) >> OutputNorm() >> TopK(1024))
-    Policy(Attention(over='all') >> ScoreGuard() >> OutputNorm() >> TopK(1024))
+    >>> from kvpolicy import Attention, Policy, Stochastic, TopK
+    >>> Policy(Attention() >> ScoreGuard(0.5) >> Stochastic() >> TopK(1024))
+    Policy(ScoreGuard(0.5) >> Stochastic() >> TopK(1024))
     """
 
-    share: float = 0.5
+    share: float
+    of: Literal["budget", "rest"] = "budget"
 
     def __post_init__(self) -> None:
         _check.number(self, "share", self.share, 0, 1, above=True)
+        _check.choice(self, "of", self.of, ("budget", "rest"))
+
+    def reserved(self, budget: int) -> int:
+        """Return the share of the budget, rounded down; of the rest, nothing that could not fit."""
+        return math.floor(budget * self.share + 1e-9) if self.of == "budget" else 0
 
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores with the highest of each head protected."""
-        count = part((view.budget - view.recent).clamp(min=0), self.share)
-        key = torch.where(view.candidates, order_key(scores.values, view.positions), -1)
-        count = torch.minimum(count, view.num_candidates)
-        chosen = top(key, count, max(0, math.floor((view.max_budget - view.recent) * self.share + 1e-9)))
+        taken = 0 if self.of == "budget" else view.recent
+        free = scores.tier == Tier.CANDIDATE
+        key = torch.where(free, order_key(scores.values, view.positions), -1)
+        count = torch.minimum(part((view.budget - taken).clamp(min=0), self.share), free.sum(-1))
+        chosen = top(key, count, max(0, math.floor((view.max_budget - taken) * self.share + 1e-9)))
         return scores.guard(mask_of(*chosen, view.shape[2]), Tier.VALUE)
 
 

@@ -21,7 +21,7 @@ class Tier:
 
     FREE = 0  #: the slot holds no token
     CANDIDATE = 1  #: may be evicted
-    VALUE = 2  #: guarded for the size of its value
+    VALUE = 2  #: guarded for the size of its value, or of its score
     PROMPT = 3  #: guarded as part of the prompt
     SINK = 4  #: guarded as one of the first tokens
     RECENT = 7  #: one of the last tokens, which are never candidates

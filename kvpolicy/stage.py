@@ -6,7 +6,7 @@
     Transform  apply(scores, view, state)  -> Scores     guards, samplers, normalisation
     Selector   select(scores, view)        -> Keep
 
-``scorer >> transform >> selector`` is a chain; ``+``, ``c *`` and :func:`maximum` mix scorers.
+``scorer >> transform >> selector`` is a chain; ``+``, ``*`` and :func:`maximum` mix scorers.
 Stages are frozen dataclasses: parameters in the constructor and nowhere else. What is illegal is
 refused by the type checker and, with a message that names both stages, at construction.
 """
@@ -186,13 +186,19 @@ class Scorer(Stage):
             )
         return Sum(self, other)
 
-    def __mul__(self, factor: float) -> Scorer:
-        """Return this scorer times a number."""
+    def __mul__(self, factor: Scorer | float) -> Scorer:
+        """Return this scorer times a number, or times another scorer."""
+        if isinstance(factor, Scorer):
+            return Product(self, factor)
         if isinstance(factor, bool) or not isinstance(factor, int | float):
-            raise CompositionError(f"{describe(self)} * {describe(factor)}: a scorer is multiplied by a number")
+            raise CompositionError(
+                f"{describe(self)} * {describe(factor)}: a scorer is multiplied by a number or by another scorer"
+            )
         return Scaled(float(factor), self)
 
-    __rmul__ = __mul__
+    def __rmul__(self, factor: float) -> Scorer:
+        """Return this scorer times a number."""
+        return self * factor
 
 
 class Transform(Stage):
@@ -324,6 +330,31 @@ class Sum(Scorer):
 
 
 @dataclass(frozen=True, repr=False)
+class Product(Scorer):
+    """Multiply what two scorers say.
+
+    Meant for weights, such as attention times the size of a value. Two scores below zero have a
+    product above it: take the minus sign of one of two logits out first.
+    """
+
+    left: Scorer
+    right: Scorer
+
+    def parts(self) -> tuple[Stage, ...]:
+        """Return both scorers."""
+        return (self.left, self.right)
+
+    def score_with(self, view: View, states: State) -> Scores:
+        """Return the product; weights if both are weights, else logits."""
+        return _mix(self, view, states, torch.mul)
+
+    def text(self, *, full: bool = False) -> str:
+        """Return ``left * right``."""
+        right = bracketed(self.right, full, Piped, Sum, Scaled, Product)
+        return f"{bracketed(self.left, full, Piped, Sum)} * {right}"
+
+
+@dataclass(frozen=True, repr=False)
 class Maximum(Scorer):
     """Take the larger of what two scorers say."""
 
@@ -365,7 +396,7 @@ class Scaled(Scorer):
 
     def text(self, *, full: bool = False) -> str:
         """Return ``factor * scorer``."""
-        return f"{self.factor!r} * {bracketed(self.scorer, full, Piped, Sum, Scaled)}"
+        return f"{self.factor!r} * {bracketed(self.scorer, full, Piped, Sum, Scaled, Product)}"
 
 
 def maximum(left: Scorer, right: Scorer) -> Scorer:

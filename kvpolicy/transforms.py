@@ -14,6 +14,8 @@ from kvpolicy.view import StageState, View
 
 __all__ = ["Normalize", "Stochastic"]
 
+_LARGE = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, repr=False)
 class Stochastic(Transform):
@@ -64,21 +66,29 @@ class Normalize(Transform):
 
     Args:
         kind: ``"sum"`` and ``"max"`` divide by the sum or the largest magnitude over the
-            candidates; ``"z"`` subtracts their mean and divides by their standard deviation.
+            candidates; ``"z"`` subtracts their mean and divides by their standard deviation;
+            ``"softmax"`` makes weights of whatever the scores are.
 
     >>> from kvpolicy import Attention, KeyNorm, Policy, TopK
     >>> Policy((Attention() >> Normalize("z")) + (KeyNorm() >> Normalize("z")) >> TopK(1024))
     Policy(((Attention() >> Normalize('z')) + (KeyNorm() >> Normalize('z'))) >> TopK(1024))
     """
 
-    kind: Literal["sum", "max", "z"]
+    kind: Literal["sum", "max", "z", "softmax"]
 
     def __post_init__(self) -> None:
-        _check.choice(self, "kind", self.kind, ("sum", "max", "z"))
+        _check.choice(self, "kind", self.kind, ("sum", "max", "z", "softmax"))
 
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores on one scale; weights stay weights under ``"sum"`` and ``"max"``."""
         values, inside = scores.values.to(torch.float64), view.candidates
+        if self.kind == "softmax":
+            # Where the largest is infinite, a difference from it is nan; the largest finite number is large enough.
+            values = torch.nan_to_num(values, nan=-torch.inf, posinf=_LARGE)
+            highest = torch.where(inside, values, -torch.inf).amax(-1, keepdim=True).clamp(min=-_LARGE)
+            powers = torch.exp(values - highest)
+            total = torch.where(inside, powers, 0).sum(-1, keepdim=True)
+            return scores.replace(powers / total.clamp(min=torch.finfo(torch.float32).tiny), weights=True)
         counted = torch.where(inside, values, 0)
         tiny = torch.finfo(torch.float32).tiny
         if self.kind == "z":

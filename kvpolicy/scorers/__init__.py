@@ -6,19 +6,26 @@ from kvpolicy.scorers.expected import ExpectedAttention
 from kvpolicy.scorers.keys import KeyDifference, Redundancy
 from kvpolicy.scorers.lag import LagRelative
 from kvpolicy.scorers.leverage import Leverage
+from kvpolicy.scorers.remembered import DecayedAttention, PerturbedAttention
+from kvpolicy.scorers.times import AttentionCount, LastAttended, Recurrence
 from kvpolicy.scorers.tokens import Constant, KeyNorm, Recency, ValueNorm, magnitude
 
 __all__ = [
     "AccumulatedAttention",
     "Attention",
+    "AttentionCount",
     "Constant",
+    "DecayedAttention",
     "ExpectedAttention",
     "KeyDifference",
     "KeyNorm",
     "LagRelative",
+    "LastAttended",
     "LastQuery",
     "Leverage",
+    "PerturbedAttention",
     "Recency",
+    "Recurrence",
     "Redundancy",
     "SpreadAttention",
     "ValueNorm",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpolicy import _check
-from kvpolicy.each_query import each_query
+from kvpolicy.each_query_head import each_query_head
 from kvpolicy.errors import ParameterError
 from kvpolicy.scorers.attention import smooth
 from kvpolicy.scores import Scores
@@ -60,7 +60,7 @@ class SpreadAttention(Scorer):
         """Return the mixture of mean and variance, as weights."""
         b, h, s = view.shape
         amount = torch.zeros(b * h, s, dtype=view.compute_dtype, device=view.positions.device)
-        for at, shares, there in each_query(view, self.window):
+        for at, shares, there in each_query_head(view, self.window):
             mean, variance = _moments(shares, there)
             amount[at] += mean + self.gamma * variance
         assert view.queries is not None
@@ -107,7 +107,7 @@ class WorstAttention(Scorer):
         count = view.num_candidates.flatten()[:, None]
         inside = torch.arange(s, device=slots.device) < count
         worst = torch.zeros(b * h, s, dtype=view.compute_dtype, device=slots.device)  # in position order
-        for at, shares, _ in each_query(view, self.window):
+        for at, shares, _ in each_query_head(view, self.window):
             ordered = shares.gather(-1, slots[at, None].expand_as(shares))
             ordered = torch.where(inside[at, None], ordered, 0)
             pooled = F.avg_pool1d(ordered, self.pool, stride=1, padding=self.pool // 2)
@@ -138,7 +138,7 @@ def preference(view: View, window: int = 32, tau1: float = 1.0, tau2: float = 1.
     entropy = torch.zeros(b * h, dtype=view.compute_dtype, device=view.positions.device)
     variance = torch.zeros_like(entropy)
     candidates = view.candidates.flatten(0, 1)
-    for at, shares, there in each_query(view, window):
+    for at, shares, there in each_query_head(view, window):
         shares = torch.where(candidates[at, None], shares, 0)
         entropy[at] -= (shares * torch.log(shares + 1e-10)).sum((1, 2))
         variance[at] += _moments(shares, there)[1].sum(-1)

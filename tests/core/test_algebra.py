@@ -13,25 +13,32 @@ import kvpolicy
 from kvpolicy import (
     AccumulatedAttention,
     Attention,
+    AttentionCount,
     BudgetError,
     Chain,
     CompositionError,
     Constant,
+    DecayedAttention,
     KeyDifference,
     KeyNorm,
     KVPolicyError,
+    LastAttended,
     LastQuery,
     Leverage,
     ModelSpec,
     Normalize,
+    OutputError,
     ParameterError,
     ParseError,
     PerLayer,
+    PerturbedAttention,
     Policy,
     Prompt,
     Pyramid,
     Recency,
+    Recurrence,
     Redundancy,
+    ScoreGuard,
     Scorer,
     Sinks,
     Stochastic,
@@ -46,6 +53,8 @@ from kvpolicy.policies import vase
 BUILT_IN = [
     Attention(), AccumulatedAttention(), LastQuery(), KeyNorm(), ValueNorm(), KeyDifference(), Redundancy(),
     Leverage(), Recency(), Constant(), ValueGuard(), Sinks(4), Prompt(), Normalize("z"), Stochastic(), TopK(128),
+    AttentionCount(400), LastAttended(share=0.5), Recurrence(threshold=1e-4), DecayedAttention(), PerturbedAttention(),
+    ScoreGuard(0.5), OutputError(fast=True),
 ]  # fmt: skip
 
 POLICIES = [
@@ -58,6 +67,11 @@ POLICIES = [
     Policy((Attention() >> Normalize("z")) + -1.0 * (KeyNorm() >> Normalize("z")) >> TopK(128)),
     Policy(maximum(2.0 * (3 * ValueNorm("l2")), Constant() >> Prompt(0.25)) >> Stochastic(0.5, 7, False) >> TopK(128)),
     Policy(2.0 * (KeyNorm() + Constant()) >> TopK(128)),
+    Policy(Attention() * ValueNorm("l1") >> Sinks(4) >> TopK(128)),
+    Policy(0.5 * Attention() * ValueNorm() * (Constant() * KeyNorm()) + Recency() >> TopK(128)),
+    Policy(0.5 * (Attention() * ValueNorm()) >> TopK(128)),
+    Policy(Attention() * (2.0 * ValueNorm()) * (Attention() >> Normalize("softmax")) >> TopK(128)),
+    Policy((Attention() + ValueNorm()) * maximum(Attention(), Constant()) >> OutputError() >> TopK(128)),
     Policy(TopK(PerLayer((512, None, 256)))),
     Policy(TopK(PerLayer((512,)))),
     Policy(TopK(Pyramid(1024))),
@@ -147,7 +161,8 @@ def test_stages_are_frozen_values(stage: Any) -> None:
             r"Attention\(\) \+ ValueGuard\(\): \+ mixes two scorers",
         ),
         (lambda: Attention() + 1, r"\+ mixes two scorers"),
-        (lambda: Attention() * "2", r"multiplied by a number"),
+        (lambda: Attention() * "2", r"multiplied by a number or by another scorer"),
+        (lambda: Attention() * ValueGuard(), r"Attention\(\) \* ValueGuard\(\): a scorer is multiplied by a number"),
         (lambda: True * Attention(), r"multiplied by a number"),
         (
             lambda: maximum(Attention(), Sinks(4)),
@@ -185,6 +200,14 @@ def test_what_cannot_compose_names_both(compose: Any, message: str) -> None:
         (lambda: ValueGuard(share=0), r"share must be above 0 and at most 1"),
         (lambda: ValueGuard(share=1.5), r"share must be above 0 and at most 1"),
         (lambda: ValueGuard(sinks=-1), r"sinks must be at least 0"),
+        (lambda: ScoreGuard(0), r"share must be above 0 and at most 1"),
+        (lambda: LastAttended(threshold=0.1, share=0.5), r"write one of them"),
+        (lambda: AttentionCount(threshold=0), r"threshold must be above 0"),
+        (lambda: Recurrence(share=2), r"share must be above 0 and at most 1"),
+        (lambda: DecayedAttention(decay=1.5), r"decay must be at least 0 and at most 1"),
+        (lambda: DecayedAttention(pool=2), r"pool must be odd, such as 3"),
+        (lambda: PerturbedAttention(highest=0.5), r"highest must be at least 1.0"),
+        (lambda: OutputError(fast=1), r"fast is True or False"),
         (lambda: Sinks(-1), r"n must be at least 0"),
         (lambda: Sinks(True), r"n is a whole number, found bool"),
         (lambda: Prompt("all"), r"share is a number, found str"),
@@ -222,7 +245,7 @@ def test_parameters_out_of_range(make: Any, message: str) -> None:
         ("ValueGuard( >> TopK(9)", "cannot read .*character"),
         (
             "ValueGaurd() >> TopK(9)",
-            r"'ValueGaurd' is not known \(did you mean 'ValueGuard'\?\). Stages: Accum.*Recipes: h2o",
+            r"'ValueGaurd' is not known \(did you mean 'ValueGuard'\?\). Stages: Accum.*Recipes: caote",
         ),
         (
             "ValueGuard(shar=0.5) >> TopK(9)",
@@ -244,6 +267,7 @@ def test_parameters_out_of_range(make: Any, message: str) -> None:
         ("TopK(9).__class__", "cannot read"),
         ("1 + 2", r"\+ mixes scorers, and 1 is none"),
         ("'a' * 99999999", r"\* mixes scorers"),
+        ("Attention() * TopK(9)", "a scorer is multiplied by a number or by another scorer"),
         ("vase(9, share=2)", "share must be above 0"),
         ("vase('9')", "write a number of slots"),
         ("Stochastic(1e999) >> TopK(9)", "tau must be finite"),
@@ -282,6 +306,11 @@ def test_plans() -> None:
     wide = Policy(AccumulatedAttention(100) >> TopK(256), interval=100).plan(ModelSpec(1)).layers[0]
     assert wide is not None
     assert wide.window == 100  # every query since the last eviction
+    for scorer in (AccumulatedAttention(), LastAttended(), Recurrence(), PerturbedAttention()):
+        with pytest.raises(
+            BudgetError, match=r"its window holds 64 of the 65 of an interval; write \w+\((window=)?65\)"
+        ):
+            Policy(scorer >> TopK(256), interval=65).plan(ModelSpec(1))
     with pytest.raises(BudgetError, match="not larger than recent=64"):
         vase(64).plan(ModelSpec(1))
 

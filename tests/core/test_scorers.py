@@ -222,12 +222,15 @@ def test_mixtures() -> None:
     mixed = of(0.5 * KeyNorm() + 2 * ValueNorm())
     assert torch.equal(mixed.values, 0.5 * a + 2 * b)
     assert not mixed.weights
+    assert torch.equal(of(KeyNorm() * ValueNorm()).values, a * b)
+    assert not of(KeyNorm() * ValueNorm()).weights
+    assert of(ValueNorm() * Constant()).weights
     assert torch.equal(of(maximum(KeyNorm(), ValueNorm())).values, torch.maximum(a, b))
     assert of(2 * ValueNorm() + Constant()).weights
     assert not of(-2.0 * ValueNorm()).weights
 
 
-@pytest.mark.parametrize("kind", ["sum", "max", "z"])
+@pytest.mark.parametrize("kind", ["sum", "max", "z", "softmax"])
 def test_normalize(kind: str) -> None:
     found = apply(Normalize(kind), score(KeyNorm())).values[..., :18]
     x = -KEYS.norm(dim=-1)[..., :18]
@@ -235,6 +238,7 @@ def test_normalize(kind: str) -> None:
         "sum": x / x.abs().sum(-1, keepdim=True),
         "max": x / x.abs().amax(-1, keepdim=True),
         "z": (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True),
+        "softmax": torch.softmax(x, -1),
     }[kind]
     assert torch.allclose(found.double(), expected, atol=1e-6)
 

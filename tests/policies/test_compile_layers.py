@@ -54,7 +54,7 @@ def shown(device: str, seed: int = 0) -> object:
 def test_view_to_keep_is_one_graph() -> None:
     """All stages in one policy: each compiled by itself would take as long."""
     scorer = LagRelative(4) + SpreadAttention(8) + ExpectedAttention(8, 5) + Leverage(None, local=4) + WorstAttention(8)
-    chain = scorer >> ScoreGuard() >> OutputNorm(relative=True) >> MassGuard(window=8) >> TopK(24)
+    chain = scorer >> ScoreGuard(0.5, "rest") >> OutputNorm(relative=True) >> MassGuard(window=8) >> TopK(24)
     policy = Policy(chain, recent=8)
     state = policy.init(LayerSpec(2, 4, 8, 8, 32, torch.float32, torch.device("cpu")), 3)
     torch._dynamo.reset()

@@ -1,0 +1,222 @@
+"""Scorers that ask when, and how often, a token was attended to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvpolicy import _check
+from kvpolicy.each_query import each_query, uncounted
+from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.scorers.attention import newest
+from kvpolicy.scores import Scores
+from kvpolicy.stage import Scorer
+from kvpolicy.view import LayerSpec, StageState, View
+
+__all__ = ["AttentionCount", "LastAttended", "Recurrence"]
+
+_SLACK = 1 - 1e-5  #: rounding must not decide whether one of n equal tokens has its n-th part
+
+
+@dataclass(frozen=True, repr=False)
+class _Attended(Scorer):
+    """Say which queries attend to which tokens."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+
+    window: int = 64
+    threshold: float | None = None
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        _check.integer(self, "window", self.window, 1)
+        if self.threshold is not None and self.share is not None:
+            raise ParameterError(
+                f"{type(self).__name__}(threshold={self.threshold}, share={self.share}): a threshold or a share says "
+                "what is attended to; write one of them"
+            )
+        if self.threshold is not None:
+            _check.number(self, "threshold", self.threshold, 0, 1, above=True)
+        if self.share is not None:
+            _check.number(self, "share", self.share, 0, 1, above=True)
+
+    def queries_read(self, interval: int | None) -> int:
+        """Return the window."""
+        return self.window
+
+    def attended(self, paid: Tensor, seen: Tensor) -> Tensor:
+        """Return which slots each query attends to, of ``[n, w, S]`` probabilities and slots that it sees."""
+        count = seen.sum(-1, keepdim=True)
+        if self.share is not None:
+            rank = torch.floor(count.to(torch.float64) * self.share + 1e-9).to(torch.int64).clamp(min=1)
+            least = paid.sort(-1, descending=True).values.gather(-1, rank - 1)
+        elif self.threshold is not None:
+            return seen & (paid >= self.threshold * _SLACK)
+        else:
+            least = 1 / count.clamp(min=1).to(paid.dtype)
+        return seen & (paid >= least * _SLACK)
+
+
+@dataclass(frozen=True, repr=False)
+class _EveryQuery(_Attended):
+    """Count every query once, as :class:`AccumulatedAttention` does."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "every_query"})
+
+    def queries_read(self, interval: int | None) -> int:
+        """Return the window."""
+        if interval is not None and interval > self.window:
+            name = type(self).__name__
+            raise BudgetError(
+                f"{self!r} counts every query, and its window holds {self.window} of the {interval} of an interval; "
+                f"write {name}(window={interval}), or interval={self.window}"
+            )
+        return self.window
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionCount(_Attended):
+    """Score a token by how many of the newest queries did not find it unimportant.
+
+    A query counts for a token to which it attends, and for every token that is newer than the
+    query, about which it says nothing. It attends to a token to which it gives at least the
+    ``threshold``. Probabilities are those over the slots held now, averaged over the query heads
+    of a group. The counts are whole numbers; among equal ones the more recent token stays.
+
+    Args:
+        window: how many of the newest queries are asked.
+        threshold: a probability; where None, the uniform one, 1 over the slots that a query sees.
+        share: instead of a threshold, the part of those slots to which a query attends, the
+            ones with the highest probabilities.
+
+    Source: Scissorhands (arXiv 2305.17118), whose importance record counts how often a token had
+    less than uniform attention within a history window.
+
+    >>> from kvpolicy import Policy, TopK
+    >>> Policy(AttentionCount(400) >> TopK(1024), recent=10)
+    Policy(AttentionCount(window=400) >> TopK(1024), recent=10)
+    """
+
+    def score(self, view: View, state: StageState | None) -> Scores:
+        """Return the counts, as weights."""
+        queries, positions = newest(view, self.window)
+        b, h, s = view.shape
+        low = torch.zeros(b * h, s, device=view.positions.device)
+        for at, paid, seen, _ in each_query(view, queries, positions):
+            low[at] += (seen & ~self.attended(paid, seen)).sum(1)
+        asked = (positions >= 0).sum(-1)[:, None, None]
+        return Scores.of(view, asked - low.view(b, h, s), weights=True)
+
+
+@dataclass(frozen=True, repr=False)
+class LastAttended(_EveryQuery):
+    """Score a token by the time when it was last attended to: least recently used leaves first.
+
+    Time is counted in positions, and a token counts as attended to when it comes. Every query is
+    asked once: those of decoded tokens all, of a turn of several tokens the newest ``window``. So
+    an eviction every ``interval`` tokens finds the times that a look at every step would have
+    found. Among equal times the more recent token stays.
+
+    Args:
+        window: queries that the window holds, at least the policy's interval.
+        threshold: a query attends to tokens to which it gives at least this probability, averaged
+            over the query heads of a group; where None, 1 over the slots that it sees.
+        share: instead of a threshold, the part of those slots to which a query attends, the
+            ones with the highest probabilities.
+
+    Raises:
+        BudgetError: when planned, the window is smaller than the interval.
+
+    Source: the timestamps of RaaS (arXiv 2502.11147).
+
+    >>> from kvpolicy import Policy, TopK
+    >>> Policy(LastAttended(share=0.5) >> TopK(1024))
+    Policy(LastAttended(share=0.5) >> TopK(1024))
+    """
+
+    def init(self, spec: LayerSpec, rows: int) -> StageState:
+        """Return times of 0."""
+        return StageState((_zeros(spec, rows),))
+
+    def update(self, view: View, state: StageState | None) -> StageState:
+        """Return the times after the queries that are new."""
+        assert state is not None
+        queries, positions = uncounted(view, self.window)
+        times = state.slots[0].flatten(0, 1).clone()
+        for at, paid, seen, now in each_query(view, queries, positions):
+            attended = self.attended(paid, seen)
+            times[at] = torch.maximum(times[at], torch.where(attended, now[..., None], 0).amax(1))
+        return StageState((times.view(view.shape),))
+
+    def score(self, view: View, state: StageState | None) -> Scores:
+        """Return the times, as logits."""
+        assert state is not None
+        return Scores.of(view, torch.maximum(state.slots[0], view.positions), weights=False)
+
+
+@dataclass(frozen=True, repr=False)
+class Recurrence(_EveryQuery):
+    """Score a token by how likely it is attended to again, given the longest pause it has made so far.
+
+    With ``age`` the tokens since it was last attended to, and ``pause`` the longest time between
+    two such moments, the score is ``2 sigmoid(-1 - age / pause) + 2 sigmoid(1 - pause)``; without
+    the second term where there was no second moment yet. So a token may be silent for as long as
+    it has been before, and those that come back often are preferred.
+
+    Queries are asked as :class:`LastAttended` asks them. A token that is older than every query
+    asked so far counts as attended to just before the first of these.
+
+    Args:
+        window: queries that the window holds, at least the policy's interval.
+        threshold: a query attends to tokens to which it gives at least this probability, averaged
+            over the query heads of a group; where None, 1 over the slots that it sees.
+        share: instead of a threshold, the part of those slots to which a query attends, the
+            ones with the highest probabilities.
+
+    Raises:
+        BudgetError: when planned, the window is smaller than the interval.
+
+    Source: the Maximum Recurrence Interval of LazyEviction (arXiv 2506.15969).
+
+    >>> from kvpolicy import Policy, TopK
+    >>> Policy(Recurrence(threshold=1e-4) >> TopK(1024))
+    Policy(Recurrence(threshold=0.0001) >> TopK(1024))
+    """
+
+    def init(self, spec: LayerSpec, rows: int) -> StageState:
+        """Return, for each slot, when its token was last attended to and its longest pause: nothing yet."""
+        return StageState((_zeros(spec, rows), _zeros(spec, rows)))
+
+    def update(self, view: View, state: StageState | None) -> StageState:
+        """Return times and pauses after the queries that are new."""
+        assert state is not None
+        queries, positions = uncounted(view, self.window)
+        # A slot that nobody has seen holds 0: times are kept 2 higher, since the earliest is -1.
+        far = torch.iinfo(torch.int32).max
+        first = torch.where(positions >= 0, positions, far).amin(-1)[:, None, None]
+        began = torch.where(first < far, torch.maximum(view.positions, first) + 1, 0)
+        held = torch.where(view.valid & (state.slots[0] == 0), began, state.slots[0]).to(torch.int32)
+        times, pauses = held.flatten(0, 1).clone(), state.slots[1].flatten(0, 1).clone()
+        for at, paid, seen, now in each_query(view, queries, positions):
+            moments = torch.where(self.attended(paid, seen), now[..., None] + 2, 0)
+            latest = torch.cat([times[at, None], moments], 1).cummax(1).values
+            pause = torch.where(moments > 0, moments - latest[:, :-1], 0).amax(1)
+            pauses[at] = torch.maximum(pauses[at], pause)
+            times[at] = latest[:, -1]
+        return StageState((times.view(view.shape), pauses.view(view.shape)))
+
+    def score(self, view: View, state: StageState | None) -> Scores:
+        """Return the scores, as weights."""
+        assert state is not None
+        times, pauses = state.slots
+        age = (view.seen[:, None, None] + 1 - times).to(torch.float64)
+        pause = pauses.to(torch.float64)
+        again = torch.sigmoid(-1 - age / (pause + 1e-5)) + torch.where(pauses > 0, torch.sigmoid(1 - pause), 0)
+        return Scores.of(view, 2 * again, weights=True)
+
+
+def _zeros(spec: LayerSpec, rows: int) -> Tensor:
+    return torch.zeros(rows, spec.num_heads, spec.capacity, dtype=torch.int32, device=spec.device)
