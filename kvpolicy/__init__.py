@@ -23,6 +23,7 @@ from kvpolicy.errors import (
     UntestedVersionWarning,
     UsageError,
 )
+from kvpolicy.grammar import parse_policy
 from kvpolicy.guards import Prompt, Sinks, ValueGuard
 from kvpolicy.heads import Adaptive, PerHead
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
@@ -106,5 +107,6 @@ __all__ = [
     "View",
     "__version__",
     "maximum",
+    "parse_policy",
     "select_top",
 ]
