@@ -95,13 +95,13 @@ def render(names: Names) -> dict[str, str]:
 
     words = {"<<name>>": names.name, "<<module>>": names.module, "<<Stage>>": names.stage, "<<version>>": __version__}
     made: dict[str, str] = {}
-    for path, template in sorted(_templates(files("kvpolicy.cli") / "templates" / "package", "")):
+    for path, template in _templates(files("kvpolicy.cli") / "templates" / "package", ""):
         text = template.read_text("utf-8")
         for word, value in words.items():
             text = text.replace(word, value)
         target = path.removesuffix(".in").replace("MODULE", names.module).replace("dot-", ".")
         made[target] = text
-    return made
+    return dict(sorted(made.items()))
 
 
 def _templates(folder: Traversable, before: str) -> Iterator[tuple[str, Traversable]]:

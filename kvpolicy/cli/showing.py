@@ -83,4 +83,5 @@ def _expression(recipe: Any) -> str | None:
         made = recipe(budget=EXAMPLE_BUDGET)
     except TypeError:
         return None
-    return None if type(made).__repr__ is object.__repr__ else repr(made)  # an address says nothing
+    kind: Any = type(made)
+    return None if kind.__repr__ is object.__repr__ else repr(made)  # an address says nothing
