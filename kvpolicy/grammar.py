@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 from kvpolicy import registry
 from kvpolicy.errors import ParseError, PolicyError, nearest
 from kvpolicy.policy import EvictionPolicy, Policy
-from kvpolicy.stage import Chain, Scorer, Selector, Transform, maximum
+from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, maximum
 
-__all__ = ["parse", "parse_policy", "with_arguments"]
+__all__ = ["parse", "parse_policy", "text_of", "with_arguments"]
 
 
 def parse(text: str) -> Policy:
@@ -53,6 +53,29 @@ def parse_policy(text: str) -> EvictionPolicy:
     if isinstance(value, Scorer | Transform):
         raise ParseError(f"{_short(source)!r} has no selector; write {value!r} >> TopK(budget)")
     raise ParseError(f"{_short(source)!r} is not a policy but {value!r}")
+
+
+def text_of(policy: EvictionPolicy) -> str:
+    """Return a text that :func:`parse_policy` reads as this policy, every parameter of its stages written out.
+
+    A policy that is not made of stages says it by its ``repr``.
+
+    Raises:
+        ParseError: its ``repr`` is no such text.
+    """
+    if isinstance(policy, Policy):
+        return policy.text(full=True)
+    text = repr(policy)
+    try:
+        same = repr(parse_policy(text)) == text
+    except ParseError as error:
+        raise ParseError(
+            f"{text} is no text that makes a {type(policy).__name__} again: let its repr be the call of its recipe, by "
+            f"the name that is registered ({error})"
+        ) from error
+    if not same:
+        raise ParseError(f"{text} makes {parse_policy(text)!r}: let its repr be the call that makes it")
+    return text
 
 
 def with_arguments(text: str, **arguments: int | None) -> str:
@@ -115,7 +138,10 @@ class _Reader:
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.call(name, args, keywords)
             case ast.BinOp(left=left, op=ast.RShift(), right=right):
-                return self.read(left) >> self.read(right)
+                first, second = self.read(left), self.read(right)
+                if not isinstance(first, Stage | Chain) and not isinstance(second, Stage | Chain):
+                    self.refuse(node, ">> joins stages, and neither side is one")
+                return first >> second
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return self.combine(node, self.read(left), "+", self.read(right))
             case ast.BinOp(left=left, op=ast.Mult(), right=right):

@@ -68,6 +68,13 @@ def headed(budget: int) -> EvictionPolicy:
     return _Planned(LayerPlan(budget, budget + 8, 8, 4, window=0, heads=(budget, budget - 1)))
 
 
+class Nameless(ShortKeys):
+    """Has a ``repr`` that makes nothing."""
+
+    def __repr__(self) -> str:
+        return "<nameless>"
+
+
 def once(budget: int) -> EvictionPolicy:
     """Return a policy that evicts at the end of a turn only."""
     return _Planned(LayerPlan(budget, budget + 8, None, 4, window=0))
@@ -95,7 +102,7 @@ class _Planned(ShortKeys):
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process know these policies by name, as it would know those of an installed package."""
     known = dict(registry.policies())
-    for name in ("wary", "layered", "headed", "once", "strange"):
+    for name in ("wary", "layered", "headed", "once", "strange", "Nameless"):
         known[name] = Registered(name, EntryPoint(name, f"tests.one_class:{name}", "kvpolicy.policies"))
     known["short_keys"] = Registered(
         "short_keys", EntryPoint("short_keys", "tests.one_class:ShortKeys", "kvpolicy.policies")

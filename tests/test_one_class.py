@@ -11,12 +11,23 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvpolicy import BindError, EvictionPolicy, KVPolicyError, ParseError, Policy, UnsupportedError, parse_policy
+from kvpolicy import (
+    BindError,
+    CompositionError,
+    EvictionPolicy,
+    KVPolicyError,
+    ParseError,
+    Policy,
+    UnsupportedError,
+    parse_policy,
+)
 from kvpolicy.adapters.flash_attn import EvictionState, FlashCache, evict_
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.adapters.vllm import Config, Settings
 from kvpolicy.adapters.vllm.accounts import account
 from kvpolicy.cli.app import run
+from kvpolicy.evaluation.templates import fill
+from kvpolicy.grammar import text_of
 from kvpolicy.policies import knorm
 from kvpolicy.testing import check_policy
 from tests.cli.tools import save_tiny
@@ -120,6 +131,24 @@ def test_a_text_is_read_by_parse_policy() -> None:
         Policy.parse("short_keys(96)")
     with pytest.raises(ParseError, match="short_keys has no parameter 'bugdet'"):
         parse_policy("short_keys(bugdet=96)")
+
+
+def test_text_of_is_read_again() -> None:
+    for policy in (ShortKeys(96, **SMALL), knorm(96, **SMALL)):
+        assert repr(parse_policy(text_of(policy))) == repr(policy)
+    with pytest.raises(ParseError, match="<nameless> is no text that makes a Nameless again: let its repr be the call"):
+        text_of(parse_policy("Nameless(96)"))
+    (filled,) = fill(["short_keys"], [96])
+    assert filled.text == "short_keys(96, interval=64, recent=64)"
+    assert isinstance(filled.policy, ShortKeys)
+
+
+def test_only_stages_are_joined() -> None:
+    for text in ("short_keys(96) >> 3", "vase(96) >> vase(96)", "3 >> 4"):
+        with pytest.raises(ParseError, match="joins stages, and neither side is one"):
+            parse_policy(text)
+    with pytest.raises(CompositionError, match="only a stage can stand here"):
+        parse_policy("short_keys(96) >> TopK(3)")
 
 
 def test_vllm_settings() -> None:
