@@ -138,10 +138,7 @@ class _Reader:
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.call(name, args, keywords)
             case ast.BinOp(left=left, op=ast.RShift(), right=right):
-                first, second = self.read(left), self.read(right)
-                if not isinstance(first, Stage | Chain) and not isinstance(second, Stage | Chain):
-                    self.refuse(node, ">> joins stages, and neither side is one")
-                return first >> second
+                return self.join(node, self.read(left), self.read(right))
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return self.combine(node, self.read(left), "+", self.read(right))
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
@@ -152,6 +149,11 @@ class _Reader:
                 self.unknown(node, name)
             case _:
                 self.refuse(node, "a policy text holds stages, numbers, strings, >>, + and * alone")
+
+    def join(self, node: ast.expr, left: Any, right: Any) -> Any:
+        if not any(isinstance(side, Stage | Chain) for side in (left, right)):
+            self.refuse(node, ">> joins stages, and neither side is one")
+        return left >> right
 
     def combine(self, node: ast.expr, left: Any, sign: str, right: Any) -> Any:
         if sign == "*" and isinstance(right, Scorer):
