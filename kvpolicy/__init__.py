@@ -23,6 +23,7 @@ from kvpolicy.errors import (
     UntestedVersionWarning,
     UsageError,
 )
+from kvpolicy.grammar import parse_policy
 from kvpolicy.guards import Prompt, Sinks, ValueGuard
 from kvpolicy.heads import Adaptive, PerHead
 from kvpolicy.output import OutputProjection
@@ -134,5 +135,6 @@ __all__ = [
     "WorstAttention",
     "__version__",
     "maximum",
+    "parse_policy",
     "select_top",
 ]

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 from kvpolicy import registry
 from kvpolicy.errors import ParseError, PolicyError, nearest
-from kvpolicy.policy import Policy
-from kvpolicy.stage import Chain, Scorer, Selector, Transform, maximum
+from kvpolicy.policy import EvictionPolicy, Policy
+from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, maximum
 
-__all__ = ["parse"]
+__all__ = ["parse", "parse_policy", "text_of", "with_arguments"]
 
 
 def parse(text: str) -> Policy:
@@ -21,26 +21,103 @@ def parse(text: str) -> Policy:
     Raises:
         ParseError: the text is none of these; the message says where and what would be.
     """
+    policy = parse_policy(text)
+    if isinstance(policy, Policy):
+        return policy
+    raise ParseError(
+        f"{_short(text.strip())!r} is a policy of the class {type(policy).__name__}, which is not made of stages; "
+        "kvpolicy.parse_policy(text) reads it"
+    )
+
+
+def parse_policy(text: str) -> EvictionPolicy:
+    """Read what ``Policy.parse`` reads, and recipes that return a policy written without the algebra.
+
+    Adapters and the command line read texts by this.
+
+    Raises:
+        ParseError: the text is no policy; the message says where and what would be.
+
+    >>> parse_policy("vase(1024)")
+    Policy(ValueGuard() >> Stochastic() >> TopK(1024))
+    """
+    source, tree = _tree(text)
+    try:
+        value = _Reader(source).read(tree)
+    except RecursionError as error:
+        raise ParseError(f"cannot read {_short(source)!r}: nested too deeply") from error
+    if isinstance(value, Chain | Selector):
+        return Policy(value)
+    if isinstance(value, EvictionPolicy):
+        return value
+    if isinstance(value, Scorer | Transform):
+        raise ParseError(f"{_short(source)!r} has no selector; write {value!r} >> TopK(budget)")
+    raise ParseError(f"{_short(source)!r} is not a policy but {value!r}")
+
+
+def text_of(policy: EvictionPolicy) -> str:
+    """Return a text that :func:`parse_policy` reads as this policy, every parameter of its stages written out.
+
+    A policy that is not made of stages says it by its ``repr``.
+
+    Raises:
+        ParseError: its ``repr`` is no such text.
+    """
+    if isinstance(policy, Policy):
+        return policy.text(full=True)
+    text = repr(policy)
+    try:
+        same = repr(parse_policy(text)) == text
+    except ParseError as error:
+        raise ParseError(
+            f"{text} is no text that makes a {type(policy).__name__} again: let its repr be the call of its recipe, by "
+            f"the name that is registered ({error})"
+        ) from error
+    if not same:
+        raise ParseError(f"{text} makes {parse_policy(text)!r}: let its repr be the call that makes it")
+    return text
+
+
+def with_arguments(text: str, **arguments: int | None) -> str:
+    """Return the text of a recipe's call with other arguments, for a policy that is not made of stages.
+
+    Raises:
+        ParseError: the recipe has no such parameter.
+
+    >>> with_arguments("vase(1024, recent=32)", recent=16, interval=None)
+    'vase(1024, recent=16, interval=None)'
+    """
+    source, tree = _tree(text)
+    names = ", ".join(f"{name}={value}" for name, value in arguments.items())
+    match tree:
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in _callables():
+            signature = inspect.signature(_callables()[name]())
+        case _:
+            raise ParseError(f"{_short(source)!r} is no recipe's call, which could be given {names}")
+    for word in arguments:
+        if word not in signature.parameters:
+            known = ", ".join(signature.parameters) or "none"
+            raise ParseError(
+                f"{_short(source)!r} cannot be given {names}: {name} has no parameter {word!r}; it has {known}"
+            )
+    nodes: dict[str, ast.expr] = {keyword.arg: keyword.value for keyword in keywords if keyword.arg is not None}
+    bound = signature.bind(*args, **nodes)
+    bound.arguments.update({word: ast.Constant(value) for word, value in arguments.items()})
+    given = [ast.keyword(word, node) for word, node in bound.kwargs.items()]
+    return ast.unparse(ast.Call(ast.Name(name), list(bound.args), given))
+
+
+def _tree(text: str) -> tuple[str, ast.expr]:
+    """Return a text without the space around it, and its expression."""
     if not isinstance(text, str):
         raise ParseError(f"a policy text is a string, found {type(text).__name__}; a Policy needs no parsing")
     source = text.strip()
     if not source:
         raise ParseError('the policy text is empty; write, say, "ValueGuard() >> Stochastic(1.0) >> TopK(1024)"')
     try:
-        tree = ast.parse(source, mode="eval")
+        return source, ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ParseError(f"cannot read {_short(source)!r}: {_reason(error)}") from error
-    try:
-        value = _Reader(source).read(tree.body)
-    except RecursionError as error:
-        raise ParseError(f"cannot read {_short(source)!r}: nested too deeply") from error
-    if isinstance(value, Policy):
-        return value
-    if isinstance(value, Chain | Selector):
-        return Policy(value)
-    if isinstance(value, Scorer | Transform):
-        raise ParseError(f"{_short(source)!r} has no selector; write {value!r} >> TopK(budget)")
-    raise ParseError(f"{_short(source)!r} is not a policy but {value!r}")
 
 
 class _Reader:
@@ -61,7 +138,7 @@ class _Reader:
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.call(name, args, keywords)
             case ast.BinOp(left=left, op=ast.RShift(), right=right):
-                return self.read(left) >> self.read(right)
+                return self.join(node, self.read(left), self.read(right))
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return self.combine(node, self.read(left), "+", self.read(right))
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
@@ -72,6 +149,11 @@ class _Reader:
                 self.unknown(node, name)
             case _:
                 self.refuse(node, "a policy text holds stages, numbers, strings, >>, + and * alone")
+
+    def join(self, node: ast.expr, left: Any, right: Any) -> Any:
+        if not any(isinstance(side, Stage | Chain) for side in (left, right)):
+            self.refuse(node, ">> joins stages, and neither side is one")
+        return left >> right
 
     def combine(self, node: ast.expr, left: Any, sign: str, right: Any) -> Any:
         if sign == "*" and isinstance(right, Scorer) and not isinstance(left, Scorer):

@@ -22,7 +22,8 @@ from kvpolicy.adapters import planning
 from kvpolicy.adapters.hf import others
 from kvpolicy.adapters.hf.group import Group
 from kvpolicy.errors import KVPolicyError, UsageError
-from kvpolicy.policy import EvictionPolicy, Policy
+from kvpolicy.grammar import parse_policy
+from kvpolicy.policy import EvictionPolicy
 from kvpolicy.row import Row
 from kvpolicy.store import Store
 from kvpolicy.view import LayerSpec
@@ -151,7 +152,7 @@ def _policies(
 ) -> EvictionPolicy | list[EvictionPolicy]:
     if given is None:
         try:
-            policies: list[EvictionPolicy] = [Policy.parse(text) for text in texts]
+            policies = [parse_policy(text) for text in texts]
         except KVPolicyError as error:
             raise UsageError(f"{path} was saved under {' and '.join(texts)}; give that as policy=...") from error
         return policies if len(policies) > 1 else policies[0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvpolicy.adapters.vllm.config import followed
+from kvpolicy.adapters.vllm.config import followed, planned
 from kvpolicy.adapters.vllm.progress import Progress, Request
 from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.errors import UsageError
-from kvpolicy.policy import Policy
+from kvpolicy.policy import EvictionPolicy, Policy
 from kvpolicy.row import Row
 
 __all__ = ["Account", "account", "rows_of"]
@@ -34,7 +34,7 @@ class Account:
     evicted: int
 
 
-def account(policy: Policy | str, *, prompt: int, output: int, interval: int | None = None) -> Account:
+def account(policy: EvictionPolicy | str, *, prompt: int, output: int, interval: int | None = None) -> Account:
     """Return what a request has cost that was neither preempted nor prefilled in bounded memory.
 
     The scheduler and the workers count in the same way: when an eviction is due, and how many slots it leaves,
@@ -60,9 +60,14 @@ def account(policy: Policy | str, *, prompt: int, output: int, interval: int | N
     return Account(last.seen, last.length, most, last.evictions, last.seen - last.length)
 
 
-def rows_of(policy: Policy | str, prompt: int, output: int, interval: int | None = None) -> Iterator[Row]:
+def rows_of(policy: EvictionPolicy | str, prompt: int, output: int, interval: int | None = None) -> Iterator[Row]:
     """Yield the count of tokens and slots that each token of an answer was predicted from; see :func:`account`."""
-    policy, plan = followed(policy if isinstance(policy, str) else policy.text(full=True), interval)
+    if isinstance(policy, str | Policy):
+        policy, plan = followed(policy if isinstance(policy, str) else policy.text(full=True), interval)
+    elif interval is None:
+        plan = planned(policy, repr(policy))
+    else:
+        raise UsageError(f"interval={interval} goes to the text of a policy, and {policy!r} has its own")
     one = Progress.of(Request(0, prompt, Settings(policy, plan, 0)))
     one.advance(prompt, exact=True)
     yield one.row

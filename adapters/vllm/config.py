@@ -12,9 +12,10 @@ from typing import Any, Literal
 from kvpolicy.adapters import planning
 from kvpolicy.allocators import PerLayer, Proportional, Pyramid
 from kvpolicy.errors import BindError, UnsupportedError, nearest
-from kvpolicy.policy import LayerPlan, ModelSpec, Policy
+from kvpolicy.grammar import parse_policy, with_arguments
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Policy
 
-__all__ = ["ADAPTER", "KEY", "Config", "followed", "insist_on_key"]
+__all__ = ["ADAPTER", "KEY", "Config", "followed", "insist_on_key", "planned"]
 
 KEY = "kvpolicy"
 ADAPTER = "the vLLM adapter"
@@ -63,7 +64,7 @@ class Config:
             raise BindError(f"{KEY}: window is {self.window}, and {self.policy} asks for {plan.window} queries")
 
     @property
-    def default(self) -> tuple[Policy, LayerPlan]:
+    def default(self) -> tuple[EvictionPolicy, LayerPlan]:
         """Return the policy of requests that name none, and its plan."""
         return followed(self.policy, self.interval)
 
@@ -122,38 +123,65 @@ def _read(text: str) -> Config:
 
 
 @functools.lru_cache(maxsize=1024)  # requests name policies: as many as they like
-def followed(text: str, interval: int | None = None) -> tuple[Policy, LayerPlan]:
+def followed(text: str, interval: int | None = None) -> tuple[EvictionPolicy, LayerPlan]:
     """Return a policy, one object for equal texts, and the plan of each layer.
 
     Args:
-        text: what ``Policy.parse`` reads.
-        interval: in place of the policy's own.
+        text: what ``parse_policy`` reads.
+        interval: in place of the policy's own; of a policy that is not made of stages, its recipe is asked.
 
     Raises:
-        ParseError: it is not a policy.
+        ParseError: it is not a policy, or a recipe that takes no interval.
         UnsupportedError: layers or heads have budgets of their own, or nothing is decoded between evictions.
     """
-    policy = Policy.parse(text)
-    if interval is not None:
+    policy = parse_policy(text)
+    if interval is not None and isinstance(policy, Policy):
         policy = dataclasses.replace(policy, interval=interval)
+    elif interval is not None:
+        policy = parse_policy(with_arguments(text, interval=interval))
+    return policy, planned(policy, text)
+
+
+def planned(policy: EvictionPolicy, text: str) -> LayerPlan:
+    """Return the plan of each layer.
+
+    Args:
+        policy: what is followed.
+        text: what messages call it.
+
+    Raises:
+        UnsupportedError: layers or heads have budgets of their own, or nothing is decoded between evictions.
+    """
     planning.checked(policy, ADAPTER)
+    headed = UnsupportedError(
+        f"{text!r} gives heads budgets of their own: vLLM has one block table for all heads of a layer; "
+        "write TopK(budget), or use kvpolicy.adapters.flash_attn.FlashCache"
+    )
     if "head_budgets" in policy.needs:
-        raise UnsupportedError(
-            f"{text!r} gives heads budgets of their own: vLLM has one block table for all heads of a layer; "
-            "write TopK(budget), or use kvpolicy.adapters.flash_attn.FlashCache"
-        )
+        raise headed
     layered = UnsupportedError(
         f"{text!r} gives layers budgets of their own: vLLM has one block table for all layers of a group; "
         "write TopK(budget)"
     )
-    if isinstance(policy.chain.selector.sharing(), PerLayer | Proportional | Pyramid):
+    endless = UnsupportedError(
+        f"{text!r} evicts at the end of a turn only, so that a request would grow without end: "
+        f"write an interval, as in {_EXAMPLE}"
+    )
+    if isinstance(policy, Policy) and isinstance(policy.chain.selector.sharing(), PerLayer | Proportional | Pyramid):
         raise layered
-    if policy.interval is None:
-        raise UnsupportedError(
-            f"{text!r} evicts at the end of a turn only, so that a request would grow without end: "
-            f"write an interval, as in {_EXAMPLE}"
-        )
-    layers = policy.plan(ModelSpec(2)).layers
-    if layers[0] is None or layers[1] != layers[0]:
+    if isinstance(policy, Policy) and policy.interval is None:
+        raise endless
+    # How many layers there are is not known here: what plans them alike plans a few and many alike.
+    counts = (2,) if isinstance(policy, Policy) else (1, 2, 96)
+    plans = [(count, policy.plan(ModelSpec(count)).layers) for count in counts]
+    for count, layers in plans:
+        if len(layers) != count:
+            raise BindError(f"{text!r} planned {len(layers)} layers, and was asked for {count}")
+    first = plans[0][1][0]
+    if first is None or any(layer != first for _, layers in plans for layer in layers):
         raise layered
-    return policy, layers[0]
+    if first.head_wise:
+        raise headed
+    if first.interval is None:
+        raise endless
+    return first

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.eviction import is_end
-from kvpolicy.policy import LayerPlan, Policy
+from kvpolicy.policy import EvictionPolicy, LayerPlan
 from kvpolicy.row import Row
 
 __all__ = ["Progress", "Request"]
@@ -48,7 +48,7 @@ class Progress:
     """
 
     request: Request
-    policy: Policy
+    policy: EvictionPolicy
     plan: LayerPlan
     row: Row
     before: Row

@@ -16,7 +16,8 @@ import torch
 
 from kvpolicy.adapters.vllm.config import KEY, Config, followed, insist_on_key
 from kvpolicy.errors import BindError, BudgetError, KVPolicyError, UsageError, nearest
-from kvpolicy.policy import LayerPlan, Policy
+from kvpolicy.grammar import parse_policy, with_arguments
+from kvpolicy.policy import EvictionPolicy, LayerPlan, Policy
 from kvpolicy.selectors import TopK
 from kvpolicy.view import LayerSpec
 
@@ -38,7 +39,7 @@ class Settings:
         seed: keys randomness.
     """
 
-    policy: Policy | None
+    policy: EvictionPolicy | None
     plan: LayerPlan | None
     seed: int
 
@@ -84,7 +85,7 @@ class Settings:
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(config: Config, text: str) -> tuple[tuple[Policy | None, LayerPlan | None], int | None]:
+def _read(config: Config, text: str) -> tuple[tuple[EvictionPolicy | None, LayerPlan | None], int | None]:
     """Return the policy that a request asks for and its plan, None where it keeps everything, and its seed."""
     given = json.loads(text)
     if isinstance(given, str):  # vLLM's HTTP API has no objects in vllm_xargs
@@ -123,7 +124,7 @@ def _read(config: Config, text: str) -> tuple[tuple[Policy | None, LayerPlan | N
     if plan.capacity > config.plan.capacity:
         raise BudgetError(
             f"{KEY} in extra_args: {policy!r} fills {plan.capacity} slots, and the engine sets {config.plan.capacity} "
-            f"aside for each request ({config.policy}); ask for at most {config.plan.capacity - (policy.interval or 0)}"
+            f"aside for each request ({config.policy}); ask for at most {config.plan.capacity - (plan.interval or 0)}"
         )
     if _remembers(policy) > _MOST:
         raise BindError(
@@ -137,7 +138,7 @@ def _read(config: Config, text: str) -> tuple[tuple[Policy | None, LayerPlan | N
     return (policy, plan), seed
 
 
-def _remembers(policy: Policy) -> int:
+def _remembers(policy: EvictionPolicy) -> int:
     """Return how many numbers of each token a policy remembers."""
     spec = LayerSpec(1, 1, 8, 8, 8, torch.float32, torch.device("meta"))
     return sum(t.shape[2:].numel() for one in policy.init(spec, 1) if one is not None for t in one.slots) // 8
@@ -153,19 +154,30 @@ def _check_integer(name: str, given: Any, least: int) -> None:
         )
 
 
-def _named(config: Config, name: str, budget: int | None) -> tuple[Policy, LayerPlan]:
-    """Return the policy of a recipe's name: what the request leaves open is as the engine has it."""
-    default, plan = config.default
-    policy = Policy.parse(f"{name}({budget or plan.budget})")
-    recent = min(policy.recent, default.recent)
-    return followed(dataclasses.replace(policy, interval=default.interval, recent=recent).text(full=True))
+def _named(config: Config, name: str, budget: int | None) -> tuple[EvictionPolicy, LayerPlan]:
+    """Return the policy of a recipe's name: what the request leaves open is as the engine has it.
+
+    A policy that is not made of stages has its own interval and recent tokens.
+    """
+    plan = config.plan
+    text = f"{name}({budget or plan.budget})"
+    policy = parse_policy(text)
+    if not isinstance(policy, Policy):
+        return followed(text)
+    recent = min(policy.recent, plan.recent)
+    return followed(dataclasses.replace(policy, interval=plan.interval, recent=recent).text(full=True))
 
 
-def _with_budget(config: Config, budget: int) -> tuple[Policy, LayerPlan]:
+def _with_budget(config: Config, budget: int) -> tuple[EvictionPolicy, LayerPlan]:
     """Return the engine's policy with another budget."""
     policy, plan = config.default
     if budget == plan.budget:
         return policy, plan
+    if not isinstance(policy, Policy):
+        try:
+            return followed(with_arguments(config.policy, budget=budget), config.interval)
+        except KVPolicyError as error:
+            raise UsageError(f"{KEY} in extra_args: budget={budget} does not fit {config.policy}: {error}") from error
     if not isinstance(policy.chain.selector, TopK):
         raise UsageError(f"{KEY} in extra_args: {policy!r} does not end with TopK; write policy= in place of budget=")
     chain = dataclasses.replace(policy.chain, selector=TopK(budget))

@@ -14,7 +14,7 @@ from kvpolicy.cli.errors import CommandError, RunError
 from kvpolicy.cli.prompt import encode, read_prompt
 
 if TYPE_CHECKING:
-    from kvpolicy import Policy
+    from kvpolicy import EvictionPolicy
     from kvpolicy.cli.models import Loaded
     from kvpolicy.cli.running import Run, Sampling
     from kvpolicy.receipt import Receipt
@@ -91,7 +91,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, seed)
     _warn_if_too_long(loaded, inputs, sampling)
     if compare:
-        console.rule(f"kvpolicy: {chosen!r}")
+        console.rule(f"kvpolicy: {_shown(chosen)}")
     run, receipt = _run_policy(loaded, inputs, chosen, sampling)
     _warn_if_idle(receipt, chosen)
     if compare:
@@ -100,18 +100,23 @@ def generate(
     console.note(run.timing(), style="dim")
 
 
-def _policy(text: str, interval: str | None, recent: int | None) -> Policy:
+def _policy(text: str, interval: str | None, recent: int | None) -> EvictionPolicy:
     """Return the policy, with what the options change about it."""
-    from kvpolicy import Policy
+    from kvpolicy import Policy, parse_policy
+    from kvpolicy.grammar import with_arguments
 
-    policy = Policy.parse(text)
+    policy = parse_policy(text)
+    changes: dict[str, int | None] = {}
     if interval is not None:
         try:
-            every = None if interval.lower() == "none" else int(interval)
+            changes["interval"] = None if interval.lower() == "none" else int(interval)
         except ValueError as error:
             raise CommandError(f"--interval {interval}: it is a whole number, or none") from error
-        policy = dataclasses.replace(policy, interval=every)
-    return policy if recent is None else dataclasses.replace(policy, recent=recent)
+    if recent is not None:
+        changes["recent"] = recent
+    if isinstance(policy, Policy):
+        return dataclasses.replace(policy, **changes)  # type: ignore[arg-type]
+    return parse_policy(with_arguments(text, **changes)) if changes else policy
 
 
 def _check_numbers(max_new_tokens: int, temperature: float, seed: int) -> None:
@@ -139,7 +144,9 @@ def _warn_if_too_long(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling
         )
 
 
-def _run_policy(loaded: Loaded, inputs: dict[str, Any], policy: Policy, sampling: Sampling) -> tuple[Run, Receipt]:
+def _run_policy(
+    loaded: Loaded, inputs: dict[str, Any], policy: EvictionPolicy, sampling: Sampling
+) -> tuple[Run, Receipt]:
     from kvpolicy.adapters.hf import EvictionCache
     from kvpolicy.cli.running import run
 
@@ -149,7 +156,7 @@ def _run_policy(loaded: Loaded, inputs: dict[str, Any], policy: Policy, sampling
 
 
 def _compare(
-    loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, chosen: Policy, run: Run, receipt: Receipt
+    loaded: Loaded, inputs: dict[str, Any], sampling: Sampling, chosen: EvictionPolicy, run: Run, receipt: Receipt
 ) -> None:
     from kvpolicy.cli.compare import Measured, run_full, table
 
@@ -158,7 +165,7 @@ def _compare(
     ours = Measured(run, receipt.nbytes + receipt.other_nbytes)
     console.stdout().print()
     console.stdout().print(table(loaded.tokenizer, ours, full))
-    if ours.nbytes >= full.nbytes and chosen.interval is None:
+    if ours.nbytes >= full.nbytes and _evicts_once(chosen):
         console.warn("the prompt is too short to save memory: this policy evicts from the prompt alone")
     elif ours.nbytes >= full.nbytes:
         held = inputs["input_ids"].shape[-1] + len(full.run.tokens) - 1
@@ -168,10 +175,22 @@ def _compare(
         )
 
 
-def _warn_if_idle(receipt: Receipt, policy: Policy) -> None:
+def _warn_if_idle(receipt: Receipt, policy: EvictionPolicy) -> None:
     if not any(receipt.evictions):
-        more = "" if policy.interval is None else "ask for more with --max-new-tokens, or "
+        more = "" if _evicts_once(policy) else "ask for more with --max-new-tokens, or "
         console.warn(
-            f"nothing was evicted: the run held {max(receipt.seen):,} tokens, which {policy!r} "
+            f"nothing was evicted: the run held {max(receipt.seen):,} tokens, which {_shown(policy)} "
             f"keeps whole; {more}give the policy a smaller budget"
         )
+
+
+def _evicts_once(policy: EvictionPolicy) -> bool:
+    """Return whether a policy evicts at the end of a turn only; one that is not made of stages may say so or not."""
+    return getattr(policy, "interval", 0) is None
+
+
+def _shown(policy: EvictionPolicy) -> str:
+    from kvpolicy import Policy
+    from kvpolicy.adapters.planning import policy_text
+
+    return repr(policy) if isinstance(policy, Policy) else policy_text(policy)

@@ -80,6 +80,8 @@ def _table(rows: list[docs.Parameter]) -> Table:
 def _expression(recipe: Any) -> str | None:
     """Return what a recipe is for a usual budget, or None where it takes other arguments."""
     try:
-        return repr(recipe(budget=EXAMPLE_BUDGET))
+        made = recipe(budget=EXAMPLE_BUDGET)
     except TypeError:
         return None
+    kind: Any = type(made)
+    return None if kind.__repr__ is object.__repr__ else repr(made)  # an address says nothing

@@ -22,11 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from kvpolicy import Policy, _check
+from kvpolicy import EvictionPolicy, Policy, _check, parse_policy
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.adapters.hf.compat import CACHE_ARGUMENT
 from kvpolicy.errors import UnsupportedError, UsageError
 from kvpolicy.evaluation.scoring import score
+from kvpolicy.grammar import text_of, with_arguments
 
 __all__ = ["PolicyLM", "Tally"]
 
@@ -189,25 +190,26 @@ class PolicyLM(HFLM):
             )
         ours = {
             "version": __version__,
-            "policy": self.policy.text(full=True),
+            "policy": text_of(self.policy),
             "seed": self.seed,
             **dataclasses.asdict(self.tally),
         }
         return {**super().get_model_info(), "kvpolicy": ours}
 
 
-def _policy(text: str, interval: int | str | None, recent: int | str) -> Policy:
+def _policy(text: str, interval: int | str | None, recent: int | str) -> EvictionPolicy:
     """Return the policy, with what the options change about it."""
     if not isinstance(text, str) or not text:
         raise UsageError('there is no policy: write --model_args pretrained=...,policy="vase(256)"')
-    policy = Policy.parse(text)
+    policy = parse_policy(text)
+    changes: dict[str, Any] = {}
     if interval != OWN:
-        chosen: Any = None if interval in (None, "none") else interval
-        policy = dataclasses.replace(policy, interval=chosen)
+        changes["interval"] = None if interval in (None, "none") else interval
     if recent != OWN:
-        number: Any = recent
-        policy = dataclasses.replace(policy, recent=number)
-    return policy
+        changes["recent"] = recent
+    if isinstance(policy, Policy):
+        return dataclasses.replace(policy, **changes)
+    return parse_policy(with_arguments(text, **changes)) if changes else policy
 
 
 register_model("kvpolicy")(PolicyLM)

@@ -22,7 +22,7 @@ from kvpolicy.evaluation.problem import Problem
 from kvpolicy.evaluation.record import FULL, Cell, Record
 from kvpolicy.evaluation.rendering import Asked
 from kvpolicy.evaluation.weights import fingerprint, folder_of
-from kvpolicy.policy import Policy
+from kvpolicy.grammar import parse_policy
 
 __all__ = ["ENGINES", "Answering", "Job", "Model", "Reading", "Worker"]
 
@@ -127,7 +127,7 @@ class Worker:
             raise RunError(
                 f"{self.model.name} has other files here ({here}) than where it was planned ({self.weights})"
             )
-        parsed = [Policy.parse(text) for text in self.policies if text != FULL]
+        parsed = [parse_policy(text) for text in self.policies if text != FULL]
         if self.model.engine == "vllm":
             from kvpolicy.evaluation.serving import VLLMEngine
 
@@ -170,7 +170,7 @@ class Worker:
 
     def _generate(self, job: Answering) -> list[Generation]:
         cell = job.cell
-        policy = None if cell.policy == FULL else Policy.parse(cell.policy)
+        policy = None if cell.policy == FULL else parse_policy(cell.policy)
         if self.model.engine == "vllm":
             return self._engine.generate(
                 [one.pieces[0] for one in job.asked],
@@ -209,7 +209,7 @@ class Worker:
         from kvpolicy.evaluation.texts import read
 
         start = time.perf_counter()
-        policies = [Policy.parse(cell.policy) for cell in job.cells]
+        policies = [parse_policy(cell.policy) for cell in job.cells]
         names = [zlib.crc32(one.encode()) for one in job.ids]
         starts = [cell.budget for cell in job.cells]
         found = read(self._engine.model, policies, job.tokens, job.prompt_length, job.cells[0].seed, names, starts)

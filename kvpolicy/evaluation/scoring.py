@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kvpolicy.adapters.hf.cache import EvictionCache
 from kvpolicy.adapters.hf.replay import _UNLIMITED, _log_softmax, _of
-from kvpolicy.policy import Policy
+from kvpolicy.policy import EvictionPolicy
 
 __all__ = ["Scored", "score"]
 
@@ -33,7 +33,11 @@ class Scored:
 
 @torch.no_grad()
 def score(
-    model: PreTrainedModel, policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, seed: int = 0
+    model: PreTrainedModel,
+    policy: EvictionPolicy,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    seed: int = 0,
 ) -> list[Scored]:
     """Return how likely each continuation is, read behind its context as if the model had written it.
 

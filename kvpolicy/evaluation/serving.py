@@ -18,7 +18,8 @@ from kvpolicy.adapters.vllm.config import KEY, Config, followed
 from kvpolicy.adapters.vllm.settings import Settings
 from kvpolicy.cli.errors import CommandError, RunError, one_line
 from kvpolicy.evaluation.generation import Generation
-from kvpolicy.policy import Policy
+from kvpolicy.grammar import text_of
+from kvpolicy.policy import EvictionPolicy
 from kvpolicy.view import LayerSpec
 
 __all__ = ["VLLMEngine", "config_of"]
@@ -26,7 +27,7 @@ __all__ = ["VLLMEngine", "config_of"]
 _IN_PROCESS: Final = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
-def config_of(policies: Sequence[Policy]) -> Config | None:
+def config_of(policies: Sequence[EvictionPolicy]) -> Config | None:
     """Return what an engine is asked for that is to serve all these policies; None where there are none.
 
     Slots and queries are set aside when an engine starts: as many as the policy needs that needs most.
@@ -38,7 +39,7 @@ def config_of(policies: Sequence[Policy]) -> Config | None:
     >>> config_of([vase(128), vase(512, interval=32)]).plan.capacity
     544
     """
-    plans = {text: followed(text)[1] for text in (policy.text(full=True) for policy in policies)}
+    plans = {text: followed(text)[1] for text in (text_of(policy) for policy in policies)}
     if not plans:
         return None
     largest = max(plans, key=lambda text: plans[text].capacity)
@@ -64,7 +65,7 @@ class VLLMEngine:
         answers = engine.generate(prompts, vase(512), max_new_tokens=4096, temperature=0.6, seed=1)
     """
 
-    def __init__(self, model: str | Path, policies: Sequence[Policy] = (), **options: Any) -> None:
+    def __init__(self, model: str | Path, policies: Sequence[EvictionPolicy] = (), **options: Any) -> None:
         self.config = config_of(policies)
         if os.environ.setdefault(_IN_PROCESS, "0") != "0":  # the bytes of blocks are asked of its scheduler
             raise CommandError(
@@ -80,7 +81,7 @@ class VLLMEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        policy: Policy | None,
+        policy: EvictionPolicy | None,
         *,
         max_new_tokens: int | Sequence[int],
         temperature: float = 0.0,
@@ -138,7 +139,7 @@ class VLLMEngine:
             self._generation(len(prompt), one.outputs[0], policy) for prompt, one in zip(prompts, found, strict=True)
         ]
 
-    def _asked(self, policy: Policy | None, seed: int) -> dict[str, Any] | None:
+    def _asked(self, policy: EvictionPolicy | None, seed: int) -> dict[str, Any] | None:
         """Return what a request asks kvpolicy for."""
         if policy is None:
             return None if self.config is None else {KEY: "off"}
@@ -146,9 +147,9 @@ class VLLMEngine:
             raise CommandError(
                 f"the engine was started without policies and is asked for {policy!r}: name it in policies"
             )
-        return {KEY: {"policy": policy.text(full=True), "seed": seed}}
+        return {KEY: {"policy": text_of(policy), "seed": seed}}
 
-    def _generation(self, prompt: int, output: Any, policy: Policy | None) -> Generation:
+    def _generation(self, prompt: int, output: Any, policy: EvictionPolicy | None) -> Generation:
         """Return an answer with what its lengths say."""
         tokens = tuple(output.token_ids)
         seen = prompt + len(tokens) - 1
@@ -161,7 +162,7 @@ class VLLMEngine:
         nbytes = self._nbytes(prompt, seen, policy)
         return Generation(answer, "stop" if stopped else "length", compression, nbytes, rows[-1].evictions)
 
-    def _nbytes(self, prompt: int, seen: int, policy: Policy | None) -> int:
+    def _nbytes(self, prompt: int, seen: int, policy: EvictionPolicy | None) -> int:
         """Return the most that a request held: its blocks, and what is remembered of it beside them."""
         core: Any = self._llm.llm_engine.engine_core
         engine = self._llm.llm_engine.vllm_config
@@ -169,7 +170,7 @@ class VLLMEngine:
         for group in core.engine_core.scheduler.kv_cache_config.kv_cache_groups:
             spec, layers = group.kv_cache_spec, len(group.layer_names)
             if policy is not None and hasattr(spec, "reservation"):
-                plan = followed(policy.text(full=True))[1]
+                plan = followed(text_of(policy))[1]
                 blocks = spec.reservation(plan).prefill(prompt)
                 total += self._remembered(spec, layers, policy)
             else:
@@ -177,7 +178,7 @@ class VLLMEngine:
             total += blocks * layers * spec.page_size_bytes
         return total * engine.parallel_config.tensor_parallel_size
 
-    def _remembered(self, spec: Any, layers: int, policy: Policy) -> int:
+    def _remembered(self, spec: Any, layers: int, policy: EvictionPolicy) -> int:
         """Return the bytes that a worker has for one request beside the cache."""
         assert self.config is not None
         engine = self._llm.llm_engine.vllm_config

@@ -9,7 +9,8 @@ from kvpolicy import registry
 from kvpolicy.cli.errors import CommandError
 from kvpolicy.errors import ParseError
 from kvpolicy.evaluation.record import FULL, short
-from kvpolicy.policy import Policy
+from kvpolicy.grammar import parse_policy, text_of
+from kvpolicy.policy import EvictionPolicy
 
 __all__ = ["Filled", "fill", "takes_budget"]
 
@@ -28,12 +29,12 @@ class Filled:
 
     label: str
     budget: int
-    policy: Policy | None
+    policy: EvictionPolicy | None
 
     @property
     def text(self) -> str:
         """Return what a record calls it: the policy with every parameter, since defaults may change; or ``"full"``."""
-        return FULL if self.policy is None else self.policy.text(full=True)
+        return FULL if self.policy is None else text_of(self.policy)
 
 
 def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
@@ -63,7 +64,7 @@ def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
     for template in templates:
         source = _source(template)
         if not takes_budget(template):
-            filled = [Filled(template, 0, None if source == FULL else Policy.parse(source))]
+            filled = [Filled(template, 0, None if source == FULL else parse_policy(source))]
         elif not budgets:
             raise CommandError(f"{template} has no budget: add --budget 256, or write a number for b")
         else:
@@ -111,13 +112,13 @@ def _source(template: str) -> str:
     return template.rpartition(": ")[2].strip()
 
 
-def _parse(template: str, budget: int) -> Policy:
+def _parse(template: str, budget: int) -> EvictionPolicy:
     source = template
     if source in registry.policies():
         source = f"{source}({BUDGET})"
     tree = _Filler(budget).visit(ast.parse(source, mode="eval"))
     try:
-        return Policy.parse(ast.unparse(tree))
+        return parse_policy(ast.unparse(tree))
     except ParseError as error:
         raise ParseError(f"{template} with b={budget}: {error}") from error
 

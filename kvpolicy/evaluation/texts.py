@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.adapters.hf import Replay, replays, survival
-from kvpolicy.policy import Policy
+from kvpolicy.policy import EvictionPolicy
 
 __all__ = ["BLOCKS", "EVERY", "read"]
 
@@ -21,7 +21,7 @@ BLOCKS = 8  #: of positions, for what is shown by position
 
 def read(
     model: Any,
-    policies: Sequence[Policy],
+    policies: Sequence[EvictionPolicy],
     tokens: Sequence[Sequence[int]],
     prompt_length: int,
     seed: int,

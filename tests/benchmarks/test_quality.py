@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.quality.page import BLOCK, written
 from benchmarks.quality.values import Ranges, by_layer, largest, said
+from kvpolicy import Policy
 from kvpolicy.evaluation.leaderboard import ABLATION, LEADERBOARD, QUICK
 from kvpolicy.evaluation.record import Cell, Record
 from kvpolicy.evaluation.templates import fill
@@ -59,6 +60,7 @@ def test_the_script_refuses_a_section_that_there_is_not() -> None:
 def test_every_policy_that_is_compared_can_be_made_and_is_matched(policies: tuple[str, ...]) -> None:
     for one in fill(list(policies), [96]):
         if one.policy is not None:
+            assert isinstance(one.policy, Policy)
             assert one.policy.interval == 12
             assert one.label.startswith(("H2O", "TOVA")) or one.policy.recent == 12
     assert len({one.partition(": ")[0] for one in policies}) == len(policies)

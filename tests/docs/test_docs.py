@@ -102,6 +102,7 @@ def test_blocks_that_do_not_run_are_few() -> None:
 
 @pytest.mark.parametrize("page", marked(CONSOLE))
 def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written: set[str] = set()  # modules of packages that the page makes
     for command in commands(page):
         words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(command)))
         match words:
@@ -109,6 +110,16 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                 makefile = (ROOT / "Makefile").read_text("utf-8")
                 known = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
                 assert set(targets) <= known, command
+            case ["pip", "install", "build", "twine"] | ["python", "-m", "build"] | ["twine", "upload", _]:
+                pass  # tools of others
+            case ["kvpolicy", "new", package, *_]:
+                with contextlib.chdir(tmp_path):
+                    assert printed_by(words) == prints(page, command), command
+                written.add(package.replace("-", "_"))
+            case ["cd", folder]:  # what is done there, tests/cli/test_new.py does
+                assert (tmp_path / folder / "pyproject.toml").exists(), command
+            case ["pip", "install", "-e", ".[test]"] | ["pytest"]:
+                assert written, command
             case ["pip", "install", requirement]:
                 assert set(extras(requirement)) <= set(project()["optional-dependencies"]), command
             case ["torchrun", *options, file]:
@@ -133,6 +144,8 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
             case ["kvpolicy", "generate", *options]:
                 given = typer.main.get_command(cli.app).commands["generate"]  # type: ignore[attr-defined]
                 values = given.make_context("generate", list(options)).params
+                if values["policy"].partition("(")[0] in written:  # known once it is installed
+                    continue
                 Policy.parse(values["policy"])
                 if values["max_new_tokens"] <= CHEAP:
                     folder = request.getfixturevalue("model_folder")
@@ -151,6 +164,20 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                 assert cli.run(arguments) == 0, command
             case _:
                 pytest.fail(f"{name(page)}: nobody checks {command!r}; teach this test")
+
+
+def printed_by(words: list[str]) -> list[str]:
+    """Return the lines that a command prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.run(words[1:]) == 0, words
+    return printed.getvalue().splitlines()
+
+
+def prints(page: Path, command: str) -> list[str] | None:
+    """Return the lines that a page says a command prints."""
+    block = next(block for block in blocks(page, "console") if f"$ {command}\n" in block.code)
+    return None if block.prints is None else block.prints.splitlines()
 
 
 def served(options: list[str]) -> Config | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvpolicy import Policy, PolicyError, registry
+from kvpolicy import EvictionPolicy, Policy, PolicyError, registry
 from kvpolicy.cli.errors import CommandError
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.evaluation.leaderboard import ABLATION, LEADERBOARD, QUICK
@@ -12,7 +12,7 @@ from kvpolicy.evaluation.templates import Filled, fill, takes_budget
 from kvpolicy.policies import h2o, pyramidkv, random_eviction, snapkv, vase
 
 
-def policies(templates: list[str], budgets: list[int]) -> list[Policy | None]:
+def policies(templates: list[str], budgets: list[int]) -> list[EvictionPolicy | None]:
     return [one.policy for one in fill(templates, budgets)]
 
 
