@@ -348,7 +348,12 @@ class Maximum(Scorer):
 
 @dataclass(frozen=True, repr=False)
 class Scaled(Scorer):
-    """Multiply what a scorer says by a number."""
+    """Multiply what a scorer says by a number.
+
+    Args:
+        factor: what scores are multiplied by.
+        scorer: whose scores they are.
+    """
 
     factor: float
     scorer: Scorer
