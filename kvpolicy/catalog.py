@@ -29,7 +29,17 @@ from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Policy
 from kvpolicy.registry import Registered
 from kvpolicy.view import LayerSpec
 
-__all__ = ["BUDGET", "NEEDS", "PolicyFacts", "StageFacts", "needs_in_words", "policies", "remembered", "stages"]
+__all__ = [
+    "BUDGET",
+    "NEEDS",
+    "PolicyFacts",
+    "StageFacts",
+    "built",
+    "needs_in_words",
+    "policies",
+    "remembered",
+    "stages",
+]
 
 BUDGET = 1024  #: the plain budget that a recipe is built with
 #: What a policy needs of an engine, in words; see ``Stage.needs``.
@@ -185,22 +195,29 @@ def _policy(entry: Registered) -> PolicyFacts:
     return PolicyFacts(entry.name, entry.distribution, **facts)
 
 
-def _built(recipe: Callable[..., Any]) -> dict[str, Any]:
-    """Return what can be told of a recipe from the policy that it makes."""
-    parameters: dict[str, inspect.Parameter] = {}
+def built(recipe: Callable[..., Any]) -> EvictionPolicy:
+    """Return the policy that a recipe makes for a budget of 1024, and nothing else.
+
+    Raises:
+        PolicyError: it needs more than a budget, or makes no policy.
+    """
     try:
-        signature = inspect.signature(recipe)
-        parameters = dict(signature.parameters)
-        signature.bind(BUDGET)
+        inspect.signature(recipe).bind(BUDGET)
     except TypeError as error:
         raise PolicyError(f"it cannot be built with a budget alone: {error}") from error
     policy = recipe(BUDGET)
     if not isinstance(policy, EvictionPolicy) or isinstance(policy, type):
         raise PolicyError(f"it makes no policy, but {policy!r}")
+    return policy
+
+
+def _built(recipe: Callable[..., Any]) -> dict[str, Any]:
+    """Return what can be told of a recipe from the policy that it makes."""
+    policy = built(recipe)
     layers = [layer for layer in policy.plan(_MODEL).layers if layer is not None]
     return {
         "text": policy.text() if isinstance(policy, Policy) else repr(policy),
-        "phase": _phase(layers, "interval" in parameters),
+        "phase": _phase(layers, "interval" in inspect.signature(recipe).parameters),
         "needs": tuple(sorted(policy.needs)),
         "queries": max((layer.window for layer in layers), default=0),
         "remembers": remembered(policy),

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from kvpolicy import registry
+from kvpolicy.allocators import Allocator
 from kvpolicy.errors import ParseError, PolicyError, nearest
-from kvpolicy.policy import Policy
-from kvpolicy.stage import Chain, Scorer, Selector, Transform, maximum
+from kvpolicy.policy import EvictionPolicy, Policy
+from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, maximum
 
-__all__ = ["parse"]
+__all__ = ["parse", "parse_any"]
 
 
 def parse(text: str) -> Policy:
@@ -21,6 +22,35 @@ def parse(text: str) -> Policy:
     Raises:
         ParseError: the text is none of these; the message says where and what would be.
     """
+    value, source = _value(text)
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, Chain | Selector):
+        return Policy(value)
+    if isinstance(value, Scorer | Transform):
+        raise ParseError(f"{_short(source)!r} has no selector; write {value!r} >> TopK(budget)")
+    raise ParseError(f"{_short(source)!r} is not a policy but {value!r}")
+
+
+def parse_any(text: str) -> Stage | Allocator | EvictionPolicy:
+    """Return what a text describes: a stage alone, an allocator, or a policy, of another package's own making, too.
+
+    Raises:
+        ParseError: the text is none of these.
+
+    >>> parse_any("Sinks(4)"), parse_any("Sinks(4) >> TopK(128)")
+    (Sinks(4), Policy(Sinks(4) >> TopK(128)))
+    """
+    value, source = _value(text)
+    if isinstance(value, Chain):
+        return Policy(value)
+    if isinstance(value, Stage | Allocator | EvictionPolicy):
+        return value
+    raise ParseError(f"{_short(source)!r} is neither a policy nor a stage but {value!r}")
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """Return what a text evaluates to, and the text as it is named in a message."""
     if not isinstance(text, str):
         raise ParseError(f"a policy text is a string, found {type(text).__name__}; a Policy needs no parsing")
     source = text.strip()
@@ -34,13 +64,7 @@ def parse(text: str) -> Policy:
         value = _Reader(source).read(tree.body)
     except RecursionError as error:
         raise ParseError(f"cannot read {_short(source)!r}: nested too deeply") from error
-    if isinstance(value, Policy):
-        return value
-    if isinstance(value, Chain | Selector):
-        return Policy(value)
-    if isinstance(value, Scorer | Transform):
-        raise ParseError(f"{_short(source)!r} has no selector; write {value!r} >> TopK(budget)")
-    raise ParseError(f"{_short(source)!r} is not a policy but {value!r}")
+    return value, source
 
 
 class _Reader:

@@ -14,6 +14,7 @@ from kvpolicy.cli.errors import CommandError, RunError
 from kvpolicy.cli.generate import POLICY_HELP
 
 if TYPE_CHECKING:
+    from kvpolicy import Policy
     from kvpolicy.cli.shapes import ModelShape
 
 __all__ = ["explain"]
@@ -58,14 +59,18 @@ def explain(
     _check_numbers(batch, tokens, max_new_tokens, bandwidth, flops)
     chosen = Policy.parse(policy)
     shape = _shape(model, dtype)
-    found, costs, refused = told.explain(chosen), None, None
-    if shape is not None:
-        from kvpolicy.cli.costs import costs_of
-
+    if model is None and shape is not None and not _fits(chosen, shape):
+        shape = None  # a policy for another model than the default one
+    costs, refused = None, None
+    if shape is None:
+        found = told.explain(chosen)
+    else:
         found = told.explain(chosen, num_layers=len(shape.layers), num_heads=shape.num_heads)
         refused = shape.refusal(chosen, max_new_tokens)
         found = dataclasses.replace(found, engines=_of_model(found.engines, refused))
     if shape is not None and refused is None:
+        from kvpolicy.cli.costs import costs_of
+
         tokens = tokens or min(32768, shape.positions or 32768)
         costs = costs_of(chosen, shape, batch=batch, tokens=tokens, max_new_tokens=max_new_tokens)
         costs = costs.at(bandwidth, flops)
@@ -103,6 +108,17 @@ def _shape(name: str | None, dtype: str) -> ModelShape | None:
     if name is not None:
         return read_shape(name, wanted)
     return dataclasses.replace(read_shape(str(own), wanted), name=default_model.NAME)
+
+
+def _fits(policy: Policy, shape: ModelShape) -> bool:
+    """Return whether a policy names as many layers and heads as a model has."""
+    from kvpolicy import BudgetError, ModelSpec
+
+    try:
+        policy.plan(ModelSpec(len(shape.layers), 1, shape.num_heads))
+    except BudgetError:
+        return False
+    return True
 
 
 def _of_model(engines: tuple[Any, ...], refusal: str | None) -> tuple[Any, ...]:

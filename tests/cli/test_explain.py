@@ -169,6 +169,19 @@ def test_the_default_model_is_not_fetched(kvpolicy: Command, tiny: Path, monkeyp
     assert "of 2,048 tokens a request" in out
 
 
+def test_a_policy_for_another_model_than_the_default_one(
+    kvpolicy: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(default_model, "is_complete", lambda _: True)
+    monkeypatch.setattr(default_model, "cache_folder", lambda: tiny.parent)
+    monkeypatch.setattr(default_model, "FOLDER", tiny.name)
+    text = "Recency() >> TopK(PerLayer((512, None, 256)))"
+    result = kvpolicy("explain", text)
+    assert result.code == 0
+    assert "memory of" not in result.out
+    assert "names 3 layers, and the model has 2" in kvpolicy("explain", text, "--model", tiny).error
+
+
 def test_a_model_that_cannot_be_bound_is_told(kvpolicy: Command, tmp_path: Path) -> None:
     tiny_model("minicpm3").config.save_pretrained(tmp_path)
     result = kvpolicy("explain", "Attention(over='all') >> TopK(Adaptive(512))", "--model", tmp_path)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
-from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -13,10 +10,7 @@ import pytest
 
 from kvpolicy import KeyNorm, LayerPlan, ModelSpec, Plan, Policy, TopK, catalog, registry
 from kvpolicy.catalog import PolicyFacts
-from kvpolicy.registry import Registered
-from tests.cli.tools import Command
-
-Install = Callable[..., None]
+from tests.cli.tools import Command, Install
 
 
 class Own:
@@ -62,23 +56,6 @@ def number(budget: int) -> int:
 
 def cramped(budget: int) -> Policy:
     return Policy(KeyNorm() >> TopK(budget), recent=2 * budget)
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Declare recipes as a package would; any other thing than a function is a module that fails to load."""
-    module = types.ModuleType("third_party")
-    monkeypatch.setitem(sys.modules, "third_party", module)
-
-    def declare(**recipes: Any) -> None:
-        known = {}
-        for name, recipe in recipes.items():
-            setattr(module, name, recipe)
-            where = f"third_party:{name}" if callable(recipe) else recipe
-            known[name] = Registered(name, EntryPoint(name, where, "kvpolicy.policies"))
-        monkeypatch.setattr(registry, "policies", lambda: known)
-
-    return declare
 
 
 def told(name: str) -> PolicyFacts:
