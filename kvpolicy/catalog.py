@@ -14,6 +14,7 @@ listed, too, with the reason.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import re
@@ -183,16 +184,17 @@ def _policy(entry: Registered) -> PolicyFacts:
     own = re.match(r"none\b", told, re.IGNORECASE) is None
     links = tuple(docstrings.links(told))
     papers = [match[1] for link in links if (match := _PAPER.fullmatch(link))]
-    facts = {
-        "summary": docstrings.summary(recipe),
-        "paper": papers[0] if papers and own else None,
-        "sources": links,
-    }
+    facts = PolicyFacts(
+        name=entry.name,
+        package=entry.distribution,
+        summary=docstrings.summary(recipe),
+        paper=papers[0] if papers and own else None,
+        sources=links,
+    )
     try:
-        facts |= _built(recipe)
+        return _built(recipe, facts)
     except Exception as error:  # a recipe of another package raises what it likes
-        facts["problem"] = _said(error)
-    return PolicyFacts(entry.name, entry.distribution, **facts)
+        return dataclasses.replace(facts, problem=_said(error))
 
 
 def built(recipe: Callable[..., Any]) -> EvictionPolicy:
@@ -211,17 +213,18 @@ def built(recipe: Callable[..., Any]) -> EvictionPolicy:
     return policy
 
 
-def _built(recipe: Callable[..., Any]) -> dict[str, Any]:
-    """Return what can be told of a recipe from the policy that it makes."""
+def _built(recipe: Callable[..., Any], facts: PolicyFacts) -> PolicyFacts:
+    """Return the facts with what can be told from the policy that a recipe makes."""
     policy = built(recipe)
     layers = [layer for layer in policy.plan(_MODEL).layers if layer is not None]
-    return {
-        "text": policy.text() if isinstance(policy, Policy) else repr(policy),
-        "phase": _phase(layers, "interval" in inspect.signature(recipe).parameters),
-        "needs": tuple(sorted(policy.needs)),
-        "queries": max((layer.window for layer in layers), default=0),
-        "remembers": remembered(policy),
-    }
+    return dataclasses.replace(
+        facts,
+        text=policy.text() if isinstance(policy, Policy) else repr(policy),
+        phase=_phase(layers, "interval" in inspect.signature(recipe).parameters),
+        needs=tuple(sorted(policy.needs)),
+        queries=max((layer.window for layer in layers), default=0),
+        remembers=remembered(policy),
+    )
 
 
 def _phase(layers: list[LayerPlan], may_go_on: bool) -> Phase:

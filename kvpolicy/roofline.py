@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -189,26 +189,18 @@ class _Watch:
         raise _Decided
 
 
-@dataclass
-class _Meter(TorchDispatchMode):
-    """Count what is read of some tensors, and the products of matrices.
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count what is read of some tensors, each once at most, and the products of matrices."""
 
-    Attributes:
-        arenas: the tensors; each counts once at most.
-        flops: of products.
-    """
-
-    arenas: list[Tensor]
-    flops: int = 0
-    _read: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()
+    def __init__(self, arenas: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.arenas, self.flops = arenas, 0
+        self._read: dict[int, int] = {_storage(t): 0 for t in arenas}
 
     @property
     def read(self) -> int:
         """Return the bytes read of all the tensors."""
-        return sum(min(t.nbytes, self._read.get(_storage(t), 0)) for t in self.arenas)
+        return sum(min(t.nbytes, self._read[_storage(t)]) for t in self.arenas)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -217,12 +209,10 @@ class _Meter(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if name in _PRODUCTS:
             self.flops += 2 * results[0].numel() * args[_PRODUCTS[name]].shape[-1]
-        if not func.is_view:
-            places = {_storage(t) for t in self.arenas}
-            for one in given:
-                if (place := _storage(one)) in places:
-                    picked = results[0].numel() if name in _PICKS and results else one.numel()
-                    self._read[place] = self._read.get(place, 0) + min(picked, one.numel()) * one.element_size()
+        for one in given if not func.is_view else ():
+            if (place := _storage(one)) in self._read:
+                picked = results[0].numel() if name in _PICKS and results else one.numel()
+                self._read[place] += min(picked, one.numel()) * one.element_size()
         return out
 
 

@@ -63,8 +63,8 @@ class Costs:
         if bandwidth is None:
             return self
         speeds = bandwidth * 1e9, None if flops is None else flops * 1e12
-        seconds = (one.seconds(*speeds) for one in (self.eviction, self.step))
-        return dataclasses.replace(self, **dict(zip(("eviction_seconds", "step_seconds"), seconds, strict=True)))
+        eviction, step = (one.seconds(*speeds) for one in (self.eviction, self.step))
+        return dataclasses.replace(self, eviction_seconds=eviction, step_seconds=step)
 
     def data(self) -> dict[str, Any]:
         """Return everything, sums among it, as JSON can write it."""

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from kvpolicy import BudgetError, KeyNorm, ModelSpec, Policy, Prompt, Recency, Sinks, TopK, ValueGuard
+from kvpolicy import BudgetError, KeyNorm, LayerSpec, ModelSpec, Policy, Prompt, Recency, Sinks, TopK, ValueGuard
 from kvpolicy.scores import Tier
 from kvpolicy.stage import Transform
 from tests.core.views import view_of
@@ -24,19 +24,14 @@ CASES: dict[str, tuple[Transform, int, int]] = {
 
 
 def protected(guards: Transform, values: torch.Tensor, prompt: int) -> int:
+    """Count the candidates that guards protect in a view."""
     view = view_of(values, budget=BUDGET, recent=RECENT, prompt_length=torch.tensor([prompt]))
-    policy = Policy(Recency() >> guards >> TopK(BUDGET), recent=RECENT)
-    state = tuple(stage.update(view, held) for stage, held in zip(policy.stages, _empty(policy), strict=True))
-    scores = policy.stages[0].score(view, state[0])
-    for stage, held in zip(policy.stages[1:-1], state[1:-1], strict=True):
-        scores = stage.apply(scores, view, held)
+    scorer = Recency() >> guards
+    stages = list(scorer.leaves())
+    spec = LayerSpec(1, 1, 4, 4, SLOTS, torch.float32, torch.device("cpu"))
+    state = tuple(stage.update(view, stage.init(spec, 1)) for stage in stages)
+    scores = scorer.score_with(view, state)
     return int(((scores.tier >= Tier.VALUE) & view.candidates).sum())
-
-
-def _empty(policy: Policy) -> tuple:
-    from kvpolicy import LayerSpec
-
-    return policy.init(LayerSpec(1, 1, 4, 4, SLOTS, torch.float32, torch.device("cpu")), 1)
 
 
 @pytest.mark.parametrize("name", CASES)
