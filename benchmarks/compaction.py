@@ -11,9 +11,10 @@ from benchmarks.eviction import Evictions
 from benchmarks.report import Section, Target
 from benchmarks.stores import Shape
 from benchmarks.timing import clock, median_ms, ratio, take_turns
+from kvpolicy.roofline import bytes_to_move
 from kvpolicy.store import Store
 
-__all__ = ["bytes_to_move", "run"]
+__all__ = ["run"]
 
 GATHER_LIMIT, COPY_LIMIT = 1 / 20, 3.0
 COMPACT, COPY, ROWS, GATHER, SELECT = "compact", "copy", "rows", "gather", "index_select"
@@ -74,15 +75,6 @@ def _measure(evictions: Evictions, repeats: int) -> tuple[dict[str, list[float]]
     }
     take_turns(contestants, 1)
     return take_turns(contestants, repeats), bytes_to_move(store, laps.moved)
-
-
-def bytes_to_move(store: Store, moved: int) -> int:
-    """Return the bytes of what changes its place: rows of moved slots, and the order of all."""
-    spec = store.spec
-    element = torch.finfo(spec.dtype).bits // 8
-    numbers = sum(t.element_size() for held in store.bands[0].state if held for t in held.slots)
-    row = (spec.head_dim + spec.value_dim) * element + store.positions.element_size() + numbers
-    return moved * row + len(store.layers) * spec.num_heads * store.longest * store.order.element_size()
 
 
 def _copy(size: int, source: Tensor, target: Tensor) -> float:

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from benchmarks.compaction import bytes_to_move
 from benchmarks.eviction import Evictions
 from benchmarks.report import Section
 from benchmarks.stores import Shape
 from benchmarks.timing import clock, median_ms, ratio, take_turns
+from kvpolicy.roofline import bytes_to_move
 from kvpolicy.store import Store
 
 __all__ = ["bytes_touched", "run"]

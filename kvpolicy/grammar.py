@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from kvpolicy import registry
+from kvpolicy.allocators import Allocator
 from kvpolicy.errors import ParseError, PolicyError, nearest
 from kvpolicy.policy import EvictionPolicy, Policy
 from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, maximum
 
-__all__ = ["parse", "parse_policy", "text_of", "with_arguments"]
+__all__ = ["parse", "parse_any", "parse_policy", "text_of", "with_arguments"]
 
 
 def parse(text: str) -> Policy:
@@ -41,11 +42,7 @@ def parse_policy(text: str) -> EvictionPolicy:
     >>> parse_policy("vase(1024)")
     Policy(ValueGuard() >> Stochastic() >> TopK(1024))
     """
-    source, tree = _tree(text)
-    try:
-        value = _Reader(source).read(tree)
-    except RecursionError as error:
-        raise ParseError(f"cannot read {_short(source)!r}: nested too deeply") from error
+    value, source = _value(text)
     if isinstance(value, Chain | Selector):
         return Policy(value)
     if isinstance(value, EvictionPolicy):
@@ -105,6 +102,32 @@ def with_arguments(text: str, **arguments: int | None) -> str:
     bound.arguments.update({word: ast.Constant(value) for word, value in arguments.items()})
     given = [ast.keyword(word, node) for word, node in bound.kwargs.items()]
     return ast.unparse(ast.Call(ast.Name(name), list(bound.args), given))
+
+
+def parse_any(text: str) -> Stage | Allocator | EvictionPolicy:
+    """Return what a text describes: a stage alone, an allocator, or a policy, of another package's own making, too.
+
+    Raises:
+        ParseError: the text is none of these.
+
+    >>> parse_any("Sinks(4)"), parse_any("Sinks(4) >> TopK(128)")
+    (Sinks(4), Policy(Sinks(4) >> TopK(128)))
+    """
+    value, source = _value(text)
+    if isinstance(value, Chain):
+        return Policy(value)
+    if isinstance(value, Stage | Allocator | EvictionPolicy):
+        return value
+    raise ParseError(f"{_short(source)!r} is neither a policy nor a stage but {value!r}")
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """Return what a text evaluates to, and the text as it is named in a message."""
+    source, tree = _tree(text)
+    try:
+        return _Reader(source).read(tree), source
+    except RecursionError as error:
+        raise ParseError(f"cannot read {_short(source)!r}: nested too deeply") from error
 
 
 def _tree(text: str) -> tuple[str, ast.expr]:

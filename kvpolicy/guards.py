@@ -56,6 +56,10 @@ class ValueGuard(TokenNumber, Transform):
         """Return the share of the budget, rounded down."""
         return math.floor(budget * self.share + 1e-9)
 
+    def reserved_first(self, budget: int) -> int:
+        """Return the sinks, as far as they fit into the share."""
+        return min(self.sinks, self.reserved(budget))
+
     def number(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the magnitude of each value."""
         return magnitude(values, self.norm, dtype)
@@ -97,6 +101,10 @@ class Sinks(Transform):
         """Return ``n``."""
         return self.n
 
+    def reserved_first(self, budget: int) -> int:
+        """Return ``n``: all of them."""
+        return self.n
+
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores with the first tokens protected."""
         return scores.guard(view.candidates & (view.positions < self.n), Tier.SINK)
@@ -127,6 +135,10 @@ class Prompt(Transform):
     def reserved(self, budget: int) -> int:
         """Return the share of the budget, rounded down, which a prompt may fill."""
         return math.floor(budget * self.share + 1e-9)
+
+    def reserved_first(self, budget: int) -> int:
+        """Return the first end of a long prompt."""
+        return self.reserved(budget) - self.reserved(budget) // 2
 
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores with the prompt, or its two ends, protected."""

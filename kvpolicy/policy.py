@@ -238,6 +238,22 @@ class Policy:
             layers.append(layer)
         return Plan(tuple(layers))
 
+    def guarded(self, budget: int) -> tuple[int, int]:
+        """Return how many slots of a budget the guards protect together: for certain, and at most.
+
+        Guards may protect the same tokens, so that one number does not follow from what each protects
+        alone. What cannot fit for certain, :meth:`plan` refuses. Where more than the budget may be
+        protected, the data decide: the highest tiers stay, then the highest scores, and the receipt counts
+        the guarded tokens that had to go.
+
+        >>> from kvpolicy import Policy, Prompt, Sinks, TopK, ValueGuard
+        >>> Policy(Prompt(0.5) >> Sinks(8) >> ValueGuard(0.5) >> TopK(1024)).guarded(1024)
+        (512, 1020)
+        """
+        every = [(stage.reserved(budget), stage.reserved_first(budget)) for stage in self.stages]
+        first = max(first for _, first in every)
+        return max(total for total, _ in every), first + sum(total - mine for total, mine in every)
+
     def init(self, spec: LayerSpec, rows: int) -> State:
         """Return the states of the stages for ``rows`` empty rows."""
         return tuple(stage.init(spec, rows) for stage in self.stages)

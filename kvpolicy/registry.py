@@ -65,7 +65,7 @@ class Registered:
         """
         try:
             return self.entry_point.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # importing a package runs whatever it likes
             raise PolicyError(
                 f"{self.name} is declared by the package {self.distribution!r} as {self.entry_point.value!r}, "
                 f"which cannot be loaded: {error}"

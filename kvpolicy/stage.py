@@ -52,6 +52,10 @@ class Stage:
         """Return how many slots of ``budget`` this stage protects in every case."""
         return 0
 
+    def reserved_first(self, budget: int) -> int:
+        """Return how many of the reserved slots are the first tokens of the sequence, which other guards may share."""
+        return 0
+
     def init(self, spec: LayerSpec, rows: int) -> StageState | None:
         """Return what this stage remembers about ``rows`` empty rows, or None."""
         return None
@@ -376,7 +380,12 @@ class Maximum(Scorer):
 
 @dataclass(frozen=True, repr=False)
 class Scaled(Scorer):
-    """Multiply what a scorer says by a number."""
+    """Multiply what a scorer says by a number.
+
+    Args:
+        factor: what scores are multiplied by.
+        scorer: whose scores they are.
+    """
 
     factor: float
     scorer: Scorer

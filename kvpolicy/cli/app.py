@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli import evaluate, generate, harness, listing, new, showing
+from kvpolicy.cli import checking, evaluate, explaining, generate, harness, listing, new, showing
 from kvpolicy.cli.console import note
 from kvpolicy.cli.errors import exit_code, one_line
 from kvpolicy.errors import KVPolicyError
@@ -29,8 +29,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("check")(checking.check)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("explain")(explaining.explain)
 app.command("list")(listing.list_)
 app.command("lm-eval", context_settings=harness.PASSED_ON)(harness.lm_eval)
 app.command("new")(new.new)

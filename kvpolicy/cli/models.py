@@ -12,7 +12,7 @@ from kvpolicy.cli.console import warn, working
 from kvpolicy.cli.errors import CommandError, RunError, one_line
 from kvpolicy.cli.hub import unreachable
 
-__all__ = ["Loaded", "load", "load_tokenizer"]
+__all__ = ["Loaded", "load", "load_tokenizer", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Loaded:
         CommandError: there is no such model, or it is not one that generates text.
         RunError: the hub cannot be reached.
     """
-    source, options = _source(name)
+    source, options = source_of(name)
     label = Path(source).name if options["local_files_only"] else name
     with working(f"loading {label} ({str(dtype).removeprefix('torch.')} on {device})"):
         try:
@@ -63,7 +63,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from kvpolicy.cli.quiet import silent
 
-    source, options = _source(name)
+    source, options = source_of(name)
     try:
         with silent():
             from transformers import AutoTokenizer
@@ -89,7 +89,7 @@ def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, opti
     return Loaded(name, model.to(device).eval(), tokenizer)
 
 
-def _source(name: str) -> tuple[str, dict[str, Any]]:
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
     """Return what to hand to transformers, and whether it may look at the network.
 
     Raises:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli import console, docs
+from kvpolicy import docstrings
+from kvpolicy.cli import console
 from kvpolicy.cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def _print(entry: Registered) -> None:
     out, thing = console.stdout(), entry.load()
     out.print(f"[bold]{entry.name}[/bold]  {entry.role}, from {entry.distribution}", soft_wrap=True)
     out.print()
-    out.print(docs.prose(thing), markup=False, soft_wrap=True)
-    if rows := docs.parameters(thing):
+    out.print(docstrings.prose(thing), markup=False, soft_wrap=True)
+    if rows := docstrings.parameters(thing):
         out.print()
         out.print(_table(rows))
     if entry.role == "policy" and (text := _expression(thing)):
@@ -57,13 +58,13 @@ def _print(entry: Registered) -> None:
         out.print(f"{entry.name}(budget={EXAMPLE_BUDGET}) is", markup=False)
         out.print(f"    {text}", markup=False, soft_wrap=True)
     module = sys.modules.get(getattr(thing, "__module__", ""))
-    if found := docs.links(f"{thing.__doc__ or ''}\n{getattr(module, '__doc__', None) or ''}"):
+    if found := docstrings.links(f"{thing.__doc__ or ''}\n{getattr(module, '__doc__', None) or ''}"):
         out.print()
         for url in found:
             out.print(url, markup=False, soft_wrap=True)
 
 
-def _table(rows: list[docs.Parameter]) -> Table:
+def _table(rows: list[docstrings.Parameter]) -> Table:
     from rich.table import Table
     from rich.text import Text
 

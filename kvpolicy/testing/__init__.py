@@ -5,6 +5,9 @@
     check_policy(MyPolicy(budget=8))        # raises AssertionError, naming the check that fails
     check_stage(MyScorer())                 # a single stage, inside a policy
 
+    for outcome in outcomes(MyPolicy(budget=8)):    # all of them, whatever fails; `kvpolicy check` prints these
+        print(outcome.check, outcome.result, outcome.reason)
+
     @parametrize_with_checks({"mine": MyPolicy(budget=8)})
     def test_invariants(policy, check):     # each check is one test
         check(policy)
@@ -15,16 +18,20 @@ Views are drawn by hypothesis, which comes with ``pip install kvpolicy[testing]`
 from kvpolicy.testing import strategies
 from kvpolicy.testing.checks import CHECKS, check_policy, check_stage
 from kvpolicy.testing.marks import parametrize_with_checks
+from kvpolicy.testing.outcome import Outcome, examples, outcomes
 from kvpolicy.testing.views import Data, RowSpec, ViewSpec, make_view, with_state
 
 __all__ = [
     "CHECKS",
     "Data",
+    "Outcome",
     "RowSpec",
     "ViewSpec",
     "check_policy",
     "check_stage",
+    "examples",
     "make_view",
+    "outcomes",
     "parametrize_with_checks",
     "strategies",
     "with_state",

@@ -13,7 +13,7 @@ from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, describe
 from kvpolicy.testing import caches, keeping, purity, symmetry
 from kvpolicy.testing.running import Check
 
-__all__ = ["CHECKS", "Check", "PolicyOrFactory", "check_policy", "check_stage", "fresh"]
+__all__ = ["CHECKS", "Check", "PolicyOrFactory", "check_policy", "check_stage", "fresh", "policies_around"]
 
 #: A policy, or a function (a class, too) that makes one.
 PolicyOrFactory: TypeAlias = EvictionPolicy | Callable[[], EvictionPolicy]
@@ -95,6 +95,12 @@ def check_stage(stage: Stage, *, budget: int = 12, recent: int = 3, interval: in
         AssertionError: a check fails, which is named.
         TypeError: this is no stage.
     """
+    for policy in policies_around(stage, budget=budget, recent=recent, interval=interval):
+        check_policy(policy)
+
+
+def policies_around(stage: Stage, *, budget: int = 12, recent: int = 3, interval: int | None = 4) -> tuple[Policy, ...]:
+    """Return the policies that :func:`check_stage` checks a stage in, with the same arguments."""
     chains: list[Chain] = []
     if isinstance(stage, Scorer):
         chains = [stage >> TopK(budget)]
@@ -104,8 +110,7 @@ def check_stage(stage: Stage, *, budget: int = 12, recent: int = 3, interval: in
         chains = [KeyNorm() >> stage]
     if not chains:
         raise TypeError(f"check_stage({describe(stage)}): a scorer, a transform or a selector")
-    for chain in chains:
-        check_policy(Policy(chain, interval=interval, recent=recent))
+    return tuple(Policy(chain, interval=interval, recent=recent) for chain in chains)
 
 
 def fresh(policy: PolicyOrFactory) -> EvictionPolicy:

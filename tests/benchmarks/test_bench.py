@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from benchmarks.__main__ import SECTIONS, main
-from benchmarks.compaction import bytes_to_move
 from benchmarks.eviction import Evictions
 from benchmarks.gather import Pair
 from benchmarks.lse import Asked
@@ -20,6 +19,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.roofline import bytes_touched
 from benchmarks.stores import Shape
 from benchmarks.timing import ratio, take_turns
+from kvpolicy.roofline import bytes_to_move
 
 
 @pytest.fixture(scope="module")

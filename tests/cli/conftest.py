@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import io
 import sys
+import types
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvpolicy import registry
 from kvpolicy.cli import main
-from tests.cli.tools import Command, Result, save_tiny
+from kvpolicy.registry import Registered
+from tests.cli.tools import Command, Install, Result, save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +40,23 @@ def kvpolicy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         return Result(exit.value.code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Declare recipes as a package would, in place of all; text is where one that fails to load should be."""
+    module = types.ModuleType("third_party")
+    monkeypatch.setitem(sys.modules, "third_party", module)
+
+    def declare(**recipes: Any) -> None:
+        known = {}
+        for name, recipe in recipes.items():
+            setattr(module, name, recipe)
+            where = f"third_party:{name}" if callable(recipe) else recipe
+            known[name] = Registered(name, EntryPoint(name, where, "kvpolicy.policies"))
+        monkeypatch.setattr(registry, "policies", lambda: known)
+
+    return declare
 
 
 @pytest.fixture(scope="session")

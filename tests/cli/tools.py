@@ -35,6 +35,7 @@ class Result:
 
 
 Command = Callable[..., Result]
+Install = Callable[..., None]
 
 
 def byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Parameter", "links", "parameters", "prose", "summary"]
+__all__ = ["Parameter", "links", "parameters", "prose", "source", "summary"]
 
 #: A heading of a google-style docstring whose content the parameter table repeats.
 _SECTION = re.compile(r"^(Args|Attributes):\s*$")
-_ARXIV = re.compile(r"arXiv[: ]\s*(\d{4}\.\d{4,5})", re.IGNORECASE)
+_NUMBER = r"\d{4}\.\d{4,5}"
+_ARXIV = re.compile(rf"arXiv[: ]\s*{_NUMBER}(?:(?:,| and|, and)\s+{_NUMBER})*", re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s)>\]`'\"]+")
 
 
@@ -44,8 +45,20 @@ def links(text: str) -> list[str]:
     ['https://arxiv.org/abs/2606.03928']
     """
     found = [(match.start(), match[0].rstrip(".,;:")) for match in _URL.finditer(text)]
-    found += [(m.start(), f"https://arxiv.org/abs/{m[1]}") for m in _ARXIV.finditer(text)]
-    return list(dict.fromkeys(url for _, url in sorted(found)))
+    for several in _ARXIV.finditer(text):  # arXiv 2606.03928 and 2609.03430
+        found += [(several.start(), f"https://arxiv.org/abs/{number}") for number in re.findall(_NUMBER, several[0])]
+    return list(dict.fromkeys(url for _, url in sorted(found, key=lambda one: one[0])))
+
+
+def source(thing: object) -> str:
+    """Return the paragraph of a docstring that begins with ``Source:``, without that word; empty where there is none.
+
+    >>> from kvpolicy.policies import keydiff
+    >>> source(keydiff)
+    'https://arxiv.org/abs/2504.15364, section 3.'
+    """
+    found = re.search(r"^Source:\s*(.+?)(?=\n\s*\n|\Z)", _text(thing), re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
 
 
 def prose(thing: object) -> str:

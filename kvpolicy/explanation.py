@@ -1,0 +1,262 @@
+"""What a policy does, in words and numbers: :func:`explain`.
+
+Nothing is written here that stands elsewhere: a stage is told by the first sentence of its docstring and its
+parameters by what it says of them; sizes are those of the plan; what an engine cannot do is its adapter's
+own refusal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvpolicy import catalog, docstrings
+from kvpolicy.adapters import planning
+from kvpolicy.allocators import Allocator, PerLayer, Uniform
+from kvpolicy.errors import BudgetError, KVPolicyError
+from kvpolicy.policy import LayerPlan, ModelSpec, Policy
+from kvpolicy.stage import Piped, Scorer, Selector, Stage, Transform, Transforms
+
+__all__ = ["Engine", "Explained", "Explanation", "Guarded", "Parameter", "explain"]
+
+_LAYERS = 32  #: of a model that nobody has named
+_DECODED = 1  #: tokens, where nobody says how many a policy without an interval lets a cache grow
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Give one parameter of a stage.
+
+    Attributes:
+        name: of the parameter.
+        value: as it is written.
+        meaning: what the docstring says of it.
+        default: whether that is its default.
+    """
+
+    name: str
+    value: str
+    meaning: str
+    default: bool
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Tell one node of a chain.
+
+    Attributes:
+        name: of the stage.
+        role: scorer, transform, selector or allocator.
+        sentence: what it does.
+        parameters: all of them.
+        depth: 0 for what stands in the chain itself, more for what is mixed inside of it.
+    """
+
+    name: str
+    role: str
+    sentence: str
+    parameters: tuple[Parameter, ...]
+    depth: int
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Say what guards protect of the smallest budget.
+
+    Attributes:
+        budget: slots of that layer and head.
+        recent: the last tokens, which stay besides.
+        stages: how many slots each guard protects, by its text.
+        certain: slots that they protect together, at least, as soon as there are tokens enough.
+        most: slots that they protect together, where all of them protect different tokens.
+    """
+
+    budget: int
+    recent: int
+    stages: dict[str, int]
+    certain: int
+    most: int
+
+    @property
+    def may_overflow(self) -> bool:
+        """Return whether data decide if guards and recent tokens fit."""
+        return self.most + self.recent > self.budget
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Say whether an engine can follow a policy.
+
+    Attributes:
+        name: of the engine.
+        follows: whether it can.
+        why: its adapter's refusal, or what has to be said to it; empty where there is nothing to say.
+    """
+
+    name: str
+    follows: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Tell what a policy does.
+
+    Attributes:
+        policy: with every parameter written out.
+        stages: of its chain, in order.
+        layers: the plan of each layer, None where it is left alone.
+        interval: decoded tokens between two evictions, or None.
+        recent: the last tokens, which always stay.
+        needs: names of what an engine must offer.
+        queries: how many of the newest it reads.
+        remembers: bytes that it remembers of each slot.
+        guards: what they protect; None without any.
+        engines: what each can do.
+    """
+
+    policy: str
+    stages: tuple[Explained, ...]
+    layers: tuple[LayerPlan | None, ...]
+    interval: int | None
+    recent: int
+    needs: tuple[str, ...]
+    queries: int
+    remembers: int
+    guards: Guarded | None
+    engines: tuple[Engine, ...]
+
+
+def explain(policy: Policy, *, num_layers: int | None = None, num_heads: int | None = None) -> Explanation:
+    """Return what a policy does.
+
+    Args:
+        policy: to be told.
+        num_layers: layers of the model that evict; 32, or as many as the policy names, where None.
+        num_heads: KV heads of each, if they are known.
+
+    Raises:
+        BudgetError: guards and recent tokens cannot fit into a budget, or the policy does not fit the model.
+
+    >>> from kvpolicy.policies import vase
+    >>> told = explain(vase(1024))
+    >>> [stage.name for stage in told.stages]
+    ['Attention', 'ValueGuard', 'Stochastic', 'TopK']
+    >>> told.layers[0].capacity, told.guards.certain, [engine.follows for engine in told.engines]
+    (1088, 256, [True, True, True])
+    """
+    model = ModelSpec(num_layers or _layers_named(policy), _DECODED, num_heads)
+    layers = policy.plan(model).layers
+    planned = [layer for layer in layers if layer is not None]
+    return Explanation(
+        policy=policy.text(full=True),
+        stages=tuple(_told(policy)),
+        layers=layers,
+        interval=policy.interval,
+        recent=policy.recent,
+        needs=tuple(sorted(policy.needs)),
+        queries=max(layer.window for layer in planned),
+        remembers=catalog.remembered(policy),
+        guards=_guards(policy, planned),
+        engines=tuple(_engines(policy, model)),
+    )
+
+
+def _layers_named(policy: Policy) -> int:
+    sharing = policy.chain.selector.sharing()
+    return len(sharing.layers) if isinstance(sharing, PerLayer) else _LAYERS
+
+
+def _told(policy: Policy) -> Iterator[Explained]:
+    for part in policy.chain.parts():
+        yield from _nodes(part, 0)
+
+
+def _nodes(node: Stage | Allocator, depth: int) -> Iterator[Explained]:
+    """Yield a node and what it is made of; what only joins stages is not told."""
+    if isinstance(node, Transforms):
+        for step in node.steps:
+            yield from _nodes(step, depth)
+        return
+    if isinstance(node, Piped):
+        yield from _nodes(node.scorer, depth)
+        yield from _nodes(node.transform, depth + 1)
+        return
+    kind, inner, parameters = type(node), [], []
+    meanings = {one.name: one.meaning for one in docstrings.parameters(kind)}
+    for field in dataclasses.fields(node):  # type: ignore[arg-type]
+        value = getattr(node, field.name)
+        if isinstance(value, Uniform):  # what a plain number of slots is short for
+            parameters.append(Parameter("budget", repr(value.budget), meanings.get("budget", ""), False))
+        elif isinstance(value, Stage | Allocator):
+            inner.append(value)
+        elif field.init:
+            default = _is_default(field, value)
+            parameters.append(Parameter(field.name, repr(value), meanings.get(field.name, ""), default))
+    yield Explained(kind.__name__, _role(node), docstrings.summary(kind), tuple(parameters), depth)
+    for one in inner:
+        yield from _nodes(one, depth + 1)
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return bool(default is not dataclasses.MISSING and default == value)
+
+
+def _role(node: Stage | Allocator) -> str:
+    for role, kind in {"scorer": Scorer, "transform": Transform, "selector": Selector}.items():
+        if isinstance(node, kind):
+            return role
+    return "allocator"
+
+
+def _guards(policy: Policy, layers: list[LayerPlan]) -> Guarded | None:
+    """Return what guards protect where there is least room."""
+    budget = min(min(layer.heads or (layer.budget,)) for layer in layers)
+    sharing = policy.chain.selector.sharing()
+    budget = budget if sharing is None else sharing.least(budget, policy.recent)
+    guards = {repr(stage): stage.reserved(budget) for stage in policy.stages if stage.reserved(budget)}
+    return Guarded(budget, policy.recent, guards, *policy.guarded(budget)) if guards else None
+
+
+# What engines say
+
+
+def _engines(policy: Policy, model: ModelSpec) -> Iterator[Engine]:
+    for name, ask in {"transformers": _transformers, "vLLM": _vllm, "FlashCache": _flash_cache}.items():
+        try:
+            yield Engine(name, True, ask(policy, model))
+        except KVPolicyError as error:
+            yield Engine(name, False, str(error))
+
+
+def _transformers(policy: Policy, model: ModelSpec) -> str:
+    planning.checked(policy, "the transformers adapter")
+    planning.plans_of_layers([policy.plan(model)], tuple(range(model.num_layers)))
+    return _with_tokens(policy, model)
+
+
+def _flash_cache(policy: Policy, model: ModelSpec) -> str:
+    from kvpolicy.adapters.flash_attn import groups
+
+    heads = model.num_heads or next((len(one.heads) for one in policy.plan(model).layers if one and one.heads), 1)
+    groups.layers_by_plan(groups.follow(policy, 1), model.num_layers, heads, model.max_new_tokens)
+    return _with_tokens(policy, model)
+
+
+def _vllm(policy: Policy, model: ModelSpec) -> str:
+    from kvpolicy.adapters.vllm.config import followed
+
+    followed(policy.text(full=True))
+    return ""
+
+
+def _with_tokens(policy: Policy, model: ModelSpec) -> str:
+    """Return what must be said to a cache that does not know how far it will grow."""
+    try:
+        policy.plan(dataclasses.replace(model, max_new_tokens=None))
+    except BudgetError as error:
+        return str(error)
+    return ""
