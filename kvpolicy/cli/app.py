@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli import evaluate, generate, harness, listing, showing
+from kvpolicy.cli import evaluate, generate, harness, listing, showing, tracing
 from kvpolicy.cli.console import note
 from kvpolicy.cli.errors import exit_code, one_line
 from kvpolicy.errors import KVPolicyError
@@ -34,6 +34,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("list")(listing.list_)
 app.command("lm-eval", context_settings=harness.PASSED_ON)(harness.lm_eval)
 app.command("show")(showing.show)
+app.command("trace")(tracing.trace)
 
 
 def _print_version(wanted: bool) -> None:

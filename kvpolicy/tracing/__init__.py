@@ -4,7 +4,7 @@
 page, with torch alone. The figures of :mod:`kvpolicy.tracing.plots` need matplotlib.
 """
 
-
+from kvpolicy.tracing.page import write_page
 from kvpolicy.tracing.recording import trace
 from kvpolicy.tracing.traces import Trace
 

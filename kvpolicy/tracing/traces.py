@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import UsageError
+from kvpolicy.receipt import size
 from kvpolicy.tracing.packing import packed, packed_floats, unpacked
 
 __all__ = ["Trace"]
@@ -52,15 +53,15 @@ class Trace:
     """
 
     run: dict[str, Any]
-    ids: tuple[int, ...]
-    pieces: tuple[str, ...]
+    ids: tuple[int, ...] = field(repr=False)
+    pieces: tuple[str, ...] = field(repr=False)
     prompt_length: int
-    heads: tuple[tuple[int, int], ...]
-    evictions: tuple[int, ...]
-    steps: tuple[int, ...]
-    nbytes: tuple[int, ...]
-    used_nbytes: tuple[int, ...]
-    full_nbytes: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...] = field(repr=False)
+    evictions: tuple[int, ...] = field(repr=False)
+    steps: tuple[int, ...] = field(repr=False)
+    nbytes: tuple[int, ...] = field(repr=False)
+    used_nbytes: tuple[int, ...] = field(repr=False)
+    full_nbytes: tuple[int, ...] = field(repr=False)
     norm: str
     dropped: Tensor = field(repr=False)
     values: Tensor = field(repr=False)
@@ -123,12 +124,29 @@ class Trace:
 
     def slots(self) -> Tensor:
         """Return how many tokens each head holds after each forward pass, ``[heads, steps]`` int64."""
-        steps, starts = torch.tensor(self.steps), torch.searchsorted(torch.tensor(self.steps), torch.arange(self.seen), right=True)
+        steps = torch.tensor(self.steps)
+        starts = torch.searchsorted(steps, torch.arange(self.seen), right=True)
         change = torch.zeros(len(self.heads), len(steps) + 1, dtype=torch.int64)
         ends = torch.searchsorted(steps, self.dropped_at())
         change.scatter_add_(1, starts.expand_as(ends), torch.ones_like(ends))
         change.scatter_add_(1, ends, -torch.ones_like(ends))
         return change.cumsum(1)[:, :-1]
+
+    def __str__(self) -> str:
+        """Return what happened, in a few lines."""
+        written, held = len(self.ids) - self.prompt_length, self.held()
+        return "\n".join(
+            [
+                f"policy      {self.run['policy']}",
+                f"model       {self.run['model']}",
+                f"tokens      {self.prompt_length:,} of the prompt, {written:,} written",
+                f"heads       {len(self.heads):,} in {len(self.layers):,} layers that evict",
+                f"evictions   {len(self.evictions):,}",
+                f"held        {int(held.sum()):,} of {held.numel():,} tokens x heads, and {int(held.any(0).sum()):,} of "
+                f"{self.seen:,} tokens by some head",
+                f"memory      {size(self.nbytes[-1])} allocated, {size(self.full_nbytes[-1])} with the full cache",
+            ]
+        )
 
     # Files
 
