@@ -1,4 +1,4 @@
-"""The command line: ``kvpolicy generate | list | lm-eval | show``.
+"""The command line: ``kvpolicy generate | eval | list | lm-eval | plot | show | trace``.
 
 Needs the extra ``kvpolicy[cli]``. Nothing heavy is imported before a command needs it.
 """

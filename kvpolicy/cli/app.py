@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli import evaluate, generate, harness, listing, showing, tracing
+from kvpolicy.cli import evaluate, generate, harness, listing, plot, showing, tracing
 from kvpolicy.cli.console import note
 from kvpolicy.cli.errors import exit_code, one_line
 from kvpolicy.errors import KVPolicyError
@@ -33,6 +33,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("list")(listing.list_)
 app.command("lm-eval", context_settings=harness.PASSED_ON)(harness.lm_eval)
+app.command("plot")(plot.plot)
 app.command("show")(showing.show)
 app.command("trace")(tracing.trace)
 

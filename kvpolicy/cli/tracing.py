@@ -82,7 +82,9 @@ def trace(
         found = run(loaded, inputs, cache, sampling)
         receipt = cache.receipt()
         ids = [*inputs["input_ids"][0].tolist(), *found.tokens]
-        about = run_of(loaded.model, chosen, sampling, text, chat=chat, system=system, name=model or Path(loaded.name).name)
+        about = run_of(
+            loaded.model, chosen, sampling, text, chat=chat, system=system, name=model or Path(loaded.name).name
+        )
         recorded = cache.trace(ids, pieces_of(loaded.tokenizer, ids), about)
     warn_if_idle(receipt, chosen)
     console.note(str(recorded), style="dim")

@@ -51,9 +51,7 @@ class RecordingCache(EvictionCache):
         BindError: as an EvictionCache does.
     """
 
-    def __init__(
-        self, model: Any, policy: EvictionPolicy, *, max_new_tokens: int | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, model: Any, policy: EvictionPolicy, *, max_new_tokens: int | None = None, seed: int = 0) -> None:
         self.norm: Norm = "range"
         if isinstance(policy, Policy):
             guards = [stage for stage in policy.stages if isinstance(stage, ValueGuard)]
@@ -85,7 +83,8 @@ class RecordingCache(EvictionCache):
         guarded = (scores.tier > Tier.CANDIDATE) & (scores.tier < Tier.RECENT)
         tier = torch.where(guarded, scores.tier, 0).cpu()
         for row, layer in enumerate(view.layer.tolist()):
-            self._shown.append((layer, view.positions[row].cpu(), tier[row]))
+            positions = view.positions[row].to("cpu", copy=True)  # the eviction moves slots in place
+            self._shown.append((layer, positions, tier[row]))
 
     def _finish(self) -> None:
         super()._finish()
@@ -135,7 +134,9 @@ class RecordingCache(EvictionCache):
         of_token = torch.zeros(len(tier), seen + 1, dtype=torch.int32)
         of_token.scatter_(1, positions.where(positions >= 0, seen), tier.to(torch.int32))
         now = of_token[:, :seen] > 0
-        first, last, highest = (self._marked(name, layer, len(tier), seen)[:, :seen] for name in ("first", "last", "tier"))
+        first, last, highest = (
+            self._marked(name, layer, len(tier), seen)[:, :seen] for name in ("first", "last", "tier")
+        )
         first[now & (first == 0)] = number
         last[now] = number
         highest.copy_(torch.maximum(highest, of_token[:, :seen]))

@@ -135,5 +135,3 @@ def pieces_of(tokenizer: Any, ids: list[int]) -> list[str]:
         pieces[start] = whole[len(known) :] if whole.startswith(known) else text(ids[start:stop])
         before, start = start, stop
     return pieces
-
-

@@ -80,7 +80,7 @@ class Trace:
         return tuple(dict.fromkeys(layer for layer, _ in self.heads))
 
     def dropped_at(self) -> Tensor:
-        """Return the tokens seen when each token was dropped, ``[heads, tokens]`` int64; beyond all where it is held."""
+        """Return the tokens seen when each was dropped, ``[heads, tokens]`` int64; beyond all where it is held."""
         never = torch.iinfo(torch.int64).max
         return torch.tensor([never, *self.evictions])[self.dropped.long()]
 
@@ -135,6 +135,7 @@ class Trace:
     def __str__(self) -> str:
         """Return what happened, in a few lines."""
         written, held = len(self.ids) - self.prompt_length, self.held()
+        some = int(held.any(0).sum())
         return "\n".join(
             [
                 f"policy      {self.run['policy']}",
@@ -142,8 +143,8 @@ class Trace:
                 f"tokens      {self.prompt_length:,} of the prompt, {written:,} written",
                 f"heads       {len(self.heads):,} in {len(self.layers):,} layers that evict",
                 f"evictions   {len(self.evictions):,}",
-                f"held        {int(held.sum()):,} of {held.numel():,} tokens x heads, and {int(held.any(0).sum()):,} of "
-                f"{self.seen:,} tokens by some head",
+                f"held        {int(held.sum()):,} of {held.numel():,} tokens x heads, and {some:,} of {self.seen:,} tokens "
+                "by some head",
                 f"memory      {size(self.nbytes[-1])} allocated, {size(self.full_nbytes[-1])} with the full cache",
             ]
         )
