@@ -135,7 +135,7 @@ class Trace:
     def __str__(self) -> str:
         """Return what happened, in a few lines."""
         written, held = len(self.ids) - self.prompt_length, self.held()
-        some = int(held.any(0).sum())
+        cells, some = int(held.sum()), int(held.any(0).sum())
         return "\n".join(
             [
                 f"policy      {self.run['policy']}",
@@ -143,7 +143,7 @@ class Trace:
                 f"tokens      {self.prompt_length:,} of the prompt, {written:,} written",
                 f"heads       {len(self.heads):,} in {len(self.layers):,} layers that evict",
                 f"evictions   {len(self.evictions):,}",
-                f"held        {int(held.sum()):,} of {held.numel():,} tokens x heads, and {some:,} of {self.seen:,} tokens "
+                f"held        {cells:,} of {held.numel():,} tokens x heads, and {some:,} of {self.seen:,} tokens "
                 "by some head",
                 f"memory      {size(self.nbytes[-1])} allocated, {size(self.full_nbytes[-1])} with the full cache",
             ]

@@ -94,9 +94,8 @@ def test_page_works_in_a_browser(tmp_path: Path) -> None:
         for dark in (False, True):
             page = browser.open(tmp_path / "a.html", dark=dark)
             page.wait_for("document.documentElement.dataset.ready")
-            assert HOSTILE.replace("\n", "") in page.value("document.querySelector('#prompt').textContent").replace(
-                "·", ""
-            )
+            shown = page.value("document.querySelector('#prompt').textContent")
+            assert shown.replace("·", "") == HOSTILE
             assert page.value("document.querySelectorAll('#tokens b').length") == 0
 
             # by keyboard: the slider, evictions, tokens, the map, the theme
@@ -113,9 +112,11 @@ def test_page_works_in_a_browser(tmp_path: Path) -> None:
             assert page.value("[...columns.held]") == held
             assert page.value("[...columns.safe]") == safe_now()
             page.focus("#tokens")
-            page.press("Home", "ArrowRight", "ArrowDown")
-            label = page.value("document.querySelector('#tokens [aria-selected=true]').getAttribute('aria-label')")
-            assert "of the prompt, held by" in label
+            page.press("Home", "ArrowRight")
+            label = "document.querySelector('#tokens [aria-selected=true]').getAttribute('aria-label')"
+            assert "position 1, of the prompt, held by" in page.value(label)
+            page.press("ArrowDown")
+            assert "written by the model" in page.value(label)
             page.focus("#map")
             page.press("ArrowDown", "ArrowRight")
             assert "layer 0, head 1" in page.value("document.querySelector('#cell').textContent")
