@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,8 +54,12 @@ def plot(
         found = Trace.load(trace)
     except OSError as error:
         raise CommandError(f"cannot read {trace}: {error.strerror or one_line(error)}") from error
-    more = {"layer": layer, "head": head or 0} if kind == "values" else {"seen": seen} if kind == "map" else {}
-    axes = plots.KINDS[kind](found, **more)  # type: ignore[operator]
+    more: dict[str, Any] = {}
+    if kind == "values":
+        more = {"layer": layer, "head": head or 0}
+    elif kind == "map":
+        more = {"seen": seen}
+    axes: Any = plots.KINDS[kind](found, **more)
     try:
         axes.figure.savefig(out, dpi=160)
     except OSError as error:

@@ -65,6 +65,10 @@ class RecordingCache(EvictionCache):
         self._steps: list[tuple[int, int, int, int]] = []
         super().__init__(model, policy, max_new_tokens=max_new_tokens, seeds=[seed])
 
+    def __enter__(self) -> RecordingCache:
+        """Return the cache."""
+        return self
+
     # What is seen on the way
 
     def take(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -216,7 +216,7 @@ class Page:
         """Press keys one after another: ``Tab``, ``ArrowRight``, ... or single letters."""
         for key in keys:
             text = " " if key == "Space" else key if len(key) == 1 else ""
-            named = {"key": " " if key == "Space" else key, "code": key}
+            named: dict[str, Any] = {"key": " " if key == "Space" else key, "code": key}
             named |= {"windowsVirtualKeyCode": KEYS.get(key, ord(key[0].upper()))}
             self.call("Input.dispatchKeyEvent", type="keyDown", **named, **({"text": text} if text else {}))
             self.call("Input.dispatchKeyEvent", type="keyUp", **named)

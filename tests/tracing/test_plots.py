@@ -22,7 +22,7 @@ def test_figures_have_names_on_their_axes_and_take_axes(kind: str) -> None:
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    assert plots.KINDS[kind](usual(), axes) is axes  # type: ignore[operator]
+    assert plots.KINDS[kind](usual(), axes) is axes
     assert axes.get_xlabel()
     assert axes.get_ylabel()
     assert axes.get_title(loc="left")
@@ -43,13 +43,13 @@ def test_survival_is_that_of_kaplan_and_meier() -> None:
 
 @NEEDS
 def test_lifetimes_count_each_token_and_head_once() -> None:
-    axes = plots.lifetimes(usual())
+    axes: Any = plots.lifetimes(usual())
     assert sum(bar.get_height() for bar in axes.patches) == usual().dropped.numel()
 
 
 @NEEDS
 def test_memory_has_the_recorded_bytes() -> None:
-    lines = {one.get_label(): one.get_ydata() for one in plots.memory(usual()).get_lines()}
+    lines: dict[Any, Any] = {one.get_label(): one.get_ydata() for one in plots.memory(usual()).get_lines()}
     assert lines["in use"].tolist() == [one / 1000 for one in usual().used_nbytes]
     assert lines["full cache"][-1] == usual().full_nbytes[-1] / 1000
 

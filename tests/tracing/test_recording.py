@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvpolicy import LayerPlan, Plan, Policy, UsageError
+from kvpolicy import LayerPlan, Plan, Policy, Scores, UsageError, View, select_top
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.receipt import Receipt
-from kvpolicy.scores import Scores
-from kvpolicy.selectors import select_top
 from kvpolicy.tracing import Trace, trace
 from kvpolicy.tracing.cache import RecordingCache
 from kvpolicy.tracing.recording import pieces_of
-from kvpolicy.view import View
 from tests.cli.tools import byte_tokenizer
 from tests.models import tiny
 from tests.tracing.traces import HOSTILE, VASE, model, recorded, usual
@@ -224,6 +221,6 @@ def test_what_a_record_cannot_follow_is_refused() -> None:
             lambda: cache.reorder_cache(torch.tensor([0])),
         ):
             with pytest.raises(UsageError, match="make a new RecordingCache"):
-                refused()  # type: ignore[operator]
+                refused()
     with pytest.raises(UsageError, match="layer 9 does not evict; those that do are 0, 1, 2"):
         usual().kept(9)
