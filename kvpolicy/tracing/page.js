@@ -45,7 +45,7 @@ const isSafe = (at, e) => data.first[at] > 0 && data.first[at] <= e && data.last
 const lifetime = (at, p) => Math.min(data.until[at], data.most) - p;
 const called = ([layer, head]) => `layer ${layer}, head ${head}`;
 const bytes = (n) => { const power = Math.min(3, Math.floor(Math.log10(Math.max(n, 1)) / 3)); return `${short(n / 1000 ** power)} ${["B", "kB", "MB", "GB"][power]}`; };
-const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥") || "·";
+const visible = (text) => text.replace(/^ +$/, (all) => "␣".repeat(all.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥") || "·";
 
 function count() {
   const seen = seenNow(), e = evictionNow(), held = new Uint16Array(data.size), safe = new Uint16Array(data.size);
@@ -72,6 +72,7 @@ function writeText() {
     span.setAttribute("aria-selected", "false");
     span.textContent = piece.replace(/\n/g, "↵\n") || "·";
     span.dataset.p = p;
+    if (!piece.trim()) span.setAttribute("aria-label", visible(piece)); // what is nothing to hear otherwise
     $(p < trace.prompt_length ? "prompt" : "written").append(span);
     return span;
   });

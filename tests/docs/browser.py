@@ -215,7 +215,7 @@ class Page:
     def press(self, *keys: str) -> None:
         """Press keys one after another: ``Tab``, ``ArrowRight``, ... or single letters."""
         for key in keys:
-            text = " " if key == "Space" else key if len(key) == 1 else ""
+            text = {"Space": " ", "Enter": "\r"}.get(key, key if len(key) == 1 else "")
             named: dict[str, Any] = {"key": " " if key == "Space" else key, "code": key}
             named |= {"windowsVirtualKeyCode": KEYS.get(key, ord(key[0].upper()))}
             self.call("Input.dispatchKeyEvent", type="keyDown", **named, **({"text": text} if text else {}))
