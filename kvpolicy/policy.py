@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from kvpolicy import _check
 from kvpolicy.errors import BudgetError, CompositionError
 from kvpolicy.scorers.attention import Attention
-from kvpolicy.scores import Keep
+from kvpolicy.scores import Keep, Scores
 from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, describe
 from kvpolicy.view import LayerSpec, State, View
 
@@ -264,12 +264,16 @@ class Policy:
             stage.update(view.at(index), held)
             for index, (stage, held) in enumerate(zip(self.stages, state, strict=True))
         )
+        return self.chain.selector.select(self._scored(view, state), view), state
+
+    def _scored(self, view: View, state: State) -> Scores:
+        """Return the scores from which the selector picks, and how each slot is protected."""
         scorer, transform = self.chain.scorer, self.chain.transform
         assert scorer is not None
         scores = scorer.score_with(view.at(0), state)
-        if transform is not None:
-            scores = transform.apply_with(scores, view.at(sum(1 for _ in scorer.leaves())), state)
-        return self.chain.selector.select(scores, view), state
+        if transform is None:
+            return scores
+        return transform.apply_with(scores, view.at(sum(1 for _ in scorer.leaves())), state)
 
     def _check_budget(self, budget: int, where: str) -> None:
         """Refuse a budget that holds the last tokens alone, or has no room for the guards."""

@@ -1,4 +1,4 @@
-"""The command line: ``kvpolicy check | eval | explain | generate | list | lm-eval | new | show``.
+"""The command line: ``kvpolicy check | eval | explain | generate | list | lm-eval | new | plot | show | trace``.
 
 Needs the extra ``kvpolicy[cli]``. Nothing heavy is imported before a command needs it.
 """

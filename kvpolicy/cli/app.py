@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpolicy.cli import checking, evaluate, explaining, generate, harness, listing, new, showing
+from kvpolicy.cli import checking, evaluate, explaining, generate, harness, listing, new, plot, showing, tracing
 from kvpolicy.cli.console import note
 from kvpolicy.cli.errors import exit_code, one_line
 from kvpolicy.errors import KVPolicyError
@@ -36,7 +36,9 @@ app.command("explain")(explaining.explain)
 app.command("list")(listing.list_)
 app.command("lm-eval", context_settings=harness.PASSED_ON)(harness.lm_eval)
 app.command("new")(new.new)
+app.command("plot")(plot.plot)
 app.command("show")(showing.show)
+app.command("trace")(tracing.trace)
 
 
 def _print_version(wanted: bool) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvpolicy.cli.running import Run, Sampling
     from kvpolicy.receipt import Receipt
 
-__all__ = ["generate"]
+__all__ = ["check_numbers", "chosen_policy", "generate", "load_model", "warn_if_idle", "warn_if_too_long"]
 
 POLICY_HELP = (
     'A recipe such as "vase(256)" (see kvpolicy list), a chain such as '
@@ -75,32 +75,26 @@ def generate(
     With --compare the comparison goes to standard output too.
     """
     text = read_prompt(prompt, prompt_file)
-    chosen = _policy(policy, interval, recent)
-    _check_numbers(max_new_tokens, temperature, seed)
-    try:
-        from kvpolicy.cli.devices import choose_device, choose_dtype
-        from kvpolicy.cli.models import load
-        from kvpolicy.cli.running import Sampling
-    except ModuleNotFoundError as error:
-        raise RunError(f"{error.name} is not installed: pip install 'kvpolicy[cli]'") from error
+    chosen = chosen_policy(policy, interval, recent)
+    check_numbers(max_new_tokens, temperature, seed)
+    loaded = load_model(model, dtype, device, exact=compare)
 
-    where = choose_device(device)
-    numbers = choose_dtype(dtype, where, exact=compare)
-    loaded = load(_model_folder() if model is None else model, numbers, where)
+    from kvpolicy.cli.running import Sampling
+
     inputs = encode(loaded.tokenizer, text, chat=chat, system=system)
     sampling = Sampling(max_new_tokens, temperature, seed)
-    _warn_if_too_long(loaded, inputs, sampling)
+    warn_if_too_long(loaded, inputs, sampling)
     if compare:
         console.rule(f"kvpolicy: {_shown(chosen)}")
     run, receipt = _run_policy(loaded, inputs, chosen, sampling)
-    _warn_if_idle(receipt, chosen)
+    warn_if_idle(receipt, chosen)
     if compare:
         _compare(loaded, inputs, sampling, chosen, run, receipt)
     console.note(str(receipt), style="dim")
     console.note(run.timing(), style="dim")
 
 
-def _policy(text: str, interval: str | None, recent: int | None) -> EvictionPolicy:
+def chosen_policy(text: str, interval: str | None, recent: int | None) -> EvictionPolicy:
     """Return the policy, with what the options change about it."""
     from kvpolicy import Policy, parse_policy
     from kvpolicy.grammar import with_arguments
@@ -119,7 +113,20 @@ def _policy(text: str, interval: str | None, recent: int | None) -> EvictionPoli
     return parse_policy(with_arguments(text, **changes)) if changes else policy
 
 
-def _check_numbers(max_new_tokens: int, temperature: float, seed: int) -> None:
+def load_model(name: str | None, dtype: str, device: str, *, exact: bool = False) -> Loaded:
+    """Return the model that the options name, the default one where they name none."""
+    try:
+        from kvpolicy.cli.devices import choose_device, choose_dtype
+        from kvpolicy.cli.models import load
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error.name} is not installed: pip install 'kvpolicy[cli]'") from error
+    where = choose_device(device)
+    numbers = choose_dtype(dtype, where, exact=exact)
+    return load(_model_folder() if name is None else name, numbers, where)
+
+
+def check_numbers(max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Refuse numbers that mean nothing."""
     if max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens {max_new_tokens}: it is at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -134,7 +141,8 @@ def _model_folder() -> str:
     return str(default_model())
 
 
-def _warn_if_too_long(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling) -> None:
+def warn_if_too_long(loaded: Loaded, inputs: dict[str, Any], sampling: Sampling) -> None:
+    """Warn where the text may become longer than what the model was trained for."""
     length = inputs["input_ids"].shape[-1] + sampling.max_new_tokens
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
@@ -175,7 +183,8 @@ def _compare(
         )
 
 
-def _warn_if_idle(receipt: Receipt, policy: EvictionPolicy) -> None:
+def warn_if_idle(receipt: Receipt, policy: EvictionPolicy) -> None:
+    """Warn where nothing was evicted."""
     if not any(receipt.evictions):
         more = "" if _evicts_once(policy) else "ask for more with --max-new-tokens, or "
         console.warn(

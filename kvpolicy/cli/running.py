@@ -6,17 +6,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TextStreamer
 
 from kvpolicy.adapters.hf.compat import CACHE_ARGUMENT
 from kvpolicy.cli.errors import RunError, one_line
-from kvpolicy.cli.models import Loaded
 from kvpolicy.cli.quiet import quiet
 
-__all__ = ["Run", "Sampling", "evictions", "held_bytes", "run"]
+if TYPE_CHECKING:
+    from kvpolicy.cli.models import Loaded
+
+__all__ = ["Run", "Sampling", "evictions", "generated", "held_bytes", "run"]
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,33 @@ def run(loaded: Loaded, inputs: dict[str, Any], cache: Any, sampling: Sampling) 
         RunError: the device has not enough memory.
     """
     meter = Meter(loaded.tokenizer, lambda: evictions(cache))
-    on_device = {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
-    torch.manual_seed(sampling.seed)
     start = time.perf_counter()
     try:
-        with quiet(), torch.inference_mode():
-            arguments = {CACHE_ARGUMENT: cache, "streamer": meter, **sampling.arguments()}
-            loaded.model.generate(**on_device, **arguments)
+        generated(loaded.model, inputs, cache, sampling, streamer=meter)
     except torch.OutOfMemoryError as error:
         why = one_line(error, 200)
         raise RunError(f"{loaded.model.device} has not enough memory for this run: {why}") from error
     times = meter.times or [start]
     return Run(tuple(meter.tokens), times[0] - start, times[-1] - times[0], meter.whole)
+
+
+def generated(model: Any, inputs: dict[str, Any], cache: Any, sampling: Sampling, **options: Any) -> torch.Tensor:
+    """Return the prompt's tokens and those that the model writes behind them, ``[1, T]``.
+
+    Modifies the cache, and torch's global random state.
+
+    Args:
+        model: of transformers.
+        inputs: what :func:`~kvpolicy.cli.prompt.encode` returned.
+        cache: any.
+        sampling: how many tokens, and how they are drawn.
+        options: more of what ``generate`` takes.
+    """
+    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    torch.manual_seed(sampling.seed)
+    with quiet(), torch.inference_mode():
+        found: torch.Tensor = model.generate(**on_device, **{CACHE_ARGUMENT: cache, **sampling.arguments()}, **options)
+    return found
 
 
 def evictions(cache: Any) -> int:

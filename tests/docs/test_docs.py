@@ -31,7 +31,7 @@ import kvpolicy
 from kvpolicy import Policy, policies
 from kvpolicy.adapters.vllm import Config, Settings
 from kvpolicy.cli import app as cli
-from kvpolicy.cli import default_model
+from kvpolicy.cli import default_model, plot
 from tests.docs import evaluate_page
 from tests.docs.pages import PAGES, ROOT, Block, blocks, commands, links, name
 from tests.hf.split import environment as processes
@@ -151,6 +151,13 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                     folder = request.getfixturevalue("model_folder")
                     monkeypatch.setattr(default_model, "default_model", lambda folder=folder: folder)
                     assert cli.run(words[1:]) == 0, command
+            case ["kvpolicy", "trace" | "plot" as what, *options]:  # tests/cli/test_trace.py runs them
+                group: Any = typer.main.get_command(cli.app)
+                values = group.commands[what].make_context(what, list(options)).params
+                if what == "trace":
+                    Policy.parse(values["policy"])
+                else:
+                    assert values["kind"] in plot.KINDS, command
             case ["kvpolicy", "lm-eval", *options]:  # tests/evaluation/test_harness.py runs one
                 found = re.search(r"policy=(\w+\(.*?\))", options[options.index("--model_args") + 1])
                 assert found is not None, command

@@ -28,6 +28,7 @@ OPTIONAL = {
     "kvpolicy.cli": {"typer", "rich", "transformers", "gguf", "math_verify"},
     "kvpolicy.evaluation": {"transformers", "rich", "matplotlib", "lm_eval", "numpy"},
     "kvpolicy.testing": {"hypothesis", "pytest"},
+    "kvpolicy.tracing": {"transformers"},
 }
 # What the extras hf and cli leave out; only these may still be missing then.
 NOT_IN_HF_CLI = {"vllm", "flash_attn", "triton", "math_verify", "matplotlib", "lm_eval", "hypothesis", "pytest"}
