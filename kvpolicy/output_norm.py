@@ -59,8 +59,8 @@ class OutputNorm(TokenNumber, Transform):
         """Return the products; weights stay weights."""
         norms = self.numbers(state)
         if self.relative:
-            every = (view.gather_heads(t) for t in (norms, view.positions, view.order))
-            norms = norms / sum_over_heads(*every, view.positions).clamp(min=_TINY)
+            every, positions, order = (view.gather_heads(t) for t in (norms, view.positions, view.order))
+            norms = norms / sum_over_heads(every, positions, order, view.positions).clamp(min=_TINY)
         if not scores.weights:
             return scores.replace(scores.values + torch.log(norms), weights=False)
         return scores.replace((scores.values + self.epsilon) * norms, weights=True)

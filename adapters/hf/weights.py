@@ -145,7 +145,7 @@ def rotary_of(decoder: nn.Module, attention: Sequence[nn.Module]) -> Tensor:
         why = _disagrees(embeddings[0], attention[0])
     if why is not None:
         raise UnsupportedError(f"the policy needs rotary, plain rotary embeddings of whole keys, and {name} {why}")
-    return embeddings[0].inv_freq.detach().to(torch.float64)  # type: ignore[union-attr, operator]
+    return embeddings[0].inv_freq.detach().to(torch.float64)  # type: ignore[operator]
 
 
 def _disagrees(embedding: Any, module: nn.Module) -> str | None:

@@ -87,7 +87,7 @@ def _ordered(states: Tensor, slots: Tensor) -> Tensor:
 
 def _relative(states: Tensor, lag: int) -> Tensor:
     """Return the softmax over each partition but the last, ``[N, P - 1, lag]``, given ``[N, P * lag, D]``."""
-    parts = states.unflatten(1, (-1, lag))
+    parts = states.view(states.shape[0], -1, lag, states.shape[-1])
     low, high = parts[:, 1:].aminmax(dim=2, keepdim=True)
     span = high - low
     scaled = torch.where(span > 0, (parts[:, :-1] - low) / span, 0)

@@ -94,5 +94,6 @@ def local_sums(view: View, amount: Tensor, width: int) -> Tensor:
     slots = view.order.to(torch.int64)
     inside = torch.arange(amount.shape[-1], device=amount.device) < view.lengths[..., None]
     ordered = torch.where(inside, amount.gather(-1, slots), 0)
-    blocks = F.pad(ordered, (0, -ordered.shape[-1] % width)).unflatten(-1, (-1, width)).sum(-1)
+    padded = F.pad(ordered, (0, -ordered.shape[-1] % width))
+    blocks = padded.view(*padded.shape[:-1], -1, width).sum(-1)
     return torch.zeros_like(amount).scatter(-1, slots, blocks.repeat_interleave(width, -1)[..., : amount.shape[-1]])

@@ -109,10 +109,10 @@ class StoreCache:
         rows = [Row(seed=3 * r) for r in range(script.requests)]
         self.store = new_store(policy, plan, spec, self.layers, rows)
         random = torch.Generator().manual_seed(script.generator)
-        weights = [torch.randn(3, query_heads, 4, generator=random).to(script.dtype) for _ in self.layers]
-        rotary = torch.rand(2, generator=random, dtype=torch.float64)
+        made = (torch.randn(3, query_heads, 4, generator=random).to(script.dtype) for _ in self.layers)
+        self.output, self.rotary = tuple(made), torch.rand(2, generator=random, dtype=torch.float64)
         self.logits = LogitSpec(
-            0.5, num_layers=script.layers, num_heads=script.heads, output=tuple(weights), rotary=rotary
+            0.5, num_layers=script.layers, num_heads=script.heads, output=self.output, rotary=self.rotary
         )
 
     def step(self, tokens: Tokens, counts: tuple[int, ...], decoding: bool) -> Event:
@@ -129,7 +129,7 @@ class StoreCache:
             if filling:
                 held_keys, held_values = store.in_use(index)
                 keys, values = torch.cat([held_keys, keys], 2), torch.cat([held_values, values], 2)
-                logits = dataclasses.replace(self.logits, output=self.logits.output[index : index + 1])
+                logits = dataclasses.replace(self.logits, output=self.output[index : index + 1])
                 fill_from(store, index, keys, values, counts, after, logits)
             else:
                 store.append(index, keys, values, counts)
@@ -241,8 +241,8 @@ class OrderedCache:
             num_layers=self.like.script.layers,
             num_heads=heads,
             scaling=self.like.logits.scaling,
-            output=OutputProjection(self.like.logits.output, (self.like.layers.index(self.layer),)),
-            rotary=self.like.logits.rotary[None],
+            output=OutputProjection(self.like.output, (self.like.layers.index(self.layer),)),
+            rotary=self.like.rotary[None],
             sharing=torch.tensor([True]) if sharing else None,
         )
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from kvpolicy.policy import EvictionPolicy, Policy
+from kvpolicy.grammar import parse_policy
+from kvpolicy.policy import EvictionPolicy
 from kvpolicy.tracing.traces import Trace
 
 __all__ = ["pieces_of", "run_of", "trace"]

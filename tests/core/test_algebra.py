@@ -245,7 +245,7 @@ def test_parameters_out_of_range(make: Any, message: str) -> None:
         ("ValueGuard( >> TopK(9)", "cannot read .*character"),
         (
             "ValueGaurd() >> TopK(9)",
-            r"'ValueGaurd' is not known \(did you mean 'ValueGuard'\?\). Stages: Accum.*Recipes: caote",
+            r"'ValueGaurd' is not known \(did you mean 'ValueGuard'\?\). Stages: Accum.*Recipes: adakv",
         ),
         (
             "ValueGuard(shar=0.5) >> TopK(9)",

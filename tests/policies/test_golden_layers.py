@@ -62,6 +62,8 @@ def expected_sets(view: View, numbers: list[list[dict[int, float]]], budget: int
 
 def attention(view: View, row: int, head: int, window: int) -> list[list[list[float]]]:
     """Probabilities of each query head of a group, each of its newest queries, each slot in position order."""
+    assert view.queries is not None
+    assert view.query_positions is not None
     group = view.queries.shape[1] // view.shape[1]
     slots, found = held(view, row, head), []
     for member in range(group):
@@ -333,6 +335,9 @@ def dot(a: Sequence[float], b: Sequence[float]) -> float:
 
 def expected_attention_of(view: View, row: int, head: int, *, window: int, future: int, sinks: int) -> dict[int, float]:
     """Scores by position, from mean and covariance matrices written out."""
+    assert view.rotary is not None
+    assert view.queries is not None
+    assert view.query_positions is not None
     frequencies, seen = view.rotary[row].tolist(), int(view.seen[row])
     turn = mean_rotation(frequencies, range(seen, seen + future))
     slots = [s for s in held(view, row, head) if int(view.positions[row, head, s]) >= sinks]

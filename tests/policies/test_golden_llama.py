@@ -61,11 +61,12 @@ def test_output_norm_is_that_of_the_weights() -> None:
         told(model, cache, tokens)
         kept = {layer: at for group in cache.groups for layer, at in group.positions().items()}
     for number, layer in enumerate(model.model.layers):
+        held: Any = plain.layers[number]
         weight = layer.self_attn.o_proj.weight.tolist()  # [hidden][4 query heads of 8]
         for row in range(2):
             for head in range(2):
                 norms = []
-                for value in plain.layers[number].values[row, head].tolist():
+                for value in held.values[row, head].tolist():
                     of_group = []
                     for member in (2 * head, 2 * head + 1):
                         padded = [0.0] * 8 * member + value + [0.0] * 8 * (3 - member)
