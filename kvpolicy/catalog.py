@@ -14,6 +14,7 @@ listed, too, with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -25,8 +26,9 @@ from typing import Any, Literal
 import torch
 
 from kvpolicy import docstrings, registry
-from kvpolicy.errors import PolicyError
-from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Policy
+from kvpolicy.errors import KVPolicyError, PolicyError
+from kvpolicy.grammar import parse_policy
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.registry import Registered
 from kvpolicy.view import LayerSpec
 
@@ -49,9 +51,11 @@ NEEDS = {
     "every_query": "every query counted",
     "cross_heads": "all heads of a layer",
     "head_budgets": "budgets of heads",
+    "output_projection": "output projections",
+    "rotary": "rotations",
 }
-#: A model to plan for.
-_MODEL = ModelSpec(num_layers=8, max_new_tokens=64, num_heads=4)
+#: Models to plan for: the first that a policy plans, since one that names layers and heads fits no other.
+_MODELS = tuple(ModelSpec(num_layers=layers, max_new_tokens=64) for layers in (8, 2, 1))
 _PAPER = re.compile(r"https://arxiv\.org/abs/(\d{4}\.\d{4,5})")
 _ORDER = {"scorer": 0, "transform": 1, "selector": 2, "allocator": 3}  #: in which a chain has them
 
@@ -198,25 +202,35 @@ def _policy(entry: Registered) -> PolicyFacts:
 
 
 def built(recipe: Callable[..., Any]) -> EvictionPolicy:
-    """Return the policy that a recipe makes for a budget of 1024, and nothing else.
+    """Return the policy that a recipe makes for a budget of 1024, or that of its docstring's example if it wants more.
 
     Raises:
-        PolicyError: it needs more than a budget, or makes no policy.
+        PolicyError: it needs more than a budget and gives no example, or makes no policy.
     """
     try:
         inspect.signature(recipe).bind(BUDGET)
     except TypeError as error:
-        raise PolicyError(f"it cannot be built with a budget alone: {error}") from error
+        text = docstrings.example(recipe)
+        if text is None:
+            raise PolicyError(f"it cannot be built with a budget alone: {error}") from error
+        return parse_policy(text)
     policy = recipe(BUDGET)
     if not isinstance(policy, EvictionPolicy) or isinstance(policy, type):
         raise PolicyError(f"it makes no policy, but {policy!r}")
     return policy
 
 
+def _planned(policy: EvictionPolicy) -> Plan:
+    for model in _MODELS[:-1]:
+        with contextlib.suppress(KVPolicyError):
+            return policy.plan(model)
+    return policy.plan(_MODELS[-1])
+
+
 def _built(recipe: Callable[..., Any], facts: PolicyFacts) -> PolicyFacts:
     """Return the facts with what can be told from the policy that a recipe makes."""
     policy = built(recipe)
-    layers = [layer for layer in policy.plan(_MODEL).layers if layer is not None]
+    layers = [layer for layer in _planned(policy).layers if layer is not None]
     return dataclasses.replace(
         facts,
         text=policy.text() if isinstance(policy, Policy) else repr(policy),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Parameter", "links", "parameters", "prose", "source", "summary"]
+__all__ = ["Parameter", "example", "links", "parameters", "prose", "source", "summary"]
 
 #: A heading of a google-style docstring whose content the parameter table repeats.
 _SECTION = re.compile(r"^(Args|Attributes):\s*$")
@@ -48,6 +49,24 @@ def links(text: str) -> list[str]:
     for several in _ARXIV.finditer(text):  # arXiv 2606.03928 and 2609.03430
         found += [(several.start(), f"https://arxiv.org/abs/{number}") for number in re.findall(_NUMBER, several[0])]
     return list(dict.fromkeys(url for _, url in sorted(found, key=lambda one: one[0])))
+
+
+def example(thing: Callable[..., Any]) -> str | None:
+    """Return the first call of a function in the examples of its docstring; None where there is none.
+
+    >>> from kvpolicy.policies import duo_attention
+    >>> example(duo_attention)
+    'duo_attention(2048, ((True, False), (False, False)))'
+    """
+    for line in re.findall(r"^\s*>>> (.+)$", _text(thing), re.MULTILINE):
+        try:
+            calls = [one for one in ast.walk(ast.parse(line)) if isinstance(one, ast.Call)]
+        except SyntaxError:  # the first line of several
+            continue
+        for call in calls:
+            if isinstance(call.func, ast.Name) and call.func.id == thing.__name__:
+                return ast.unparse(call)
+    return None
 
 
 def source(thing: object) -> str:

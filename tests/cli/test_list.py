@@ -90,7 +90,7 @@ def test_facts_are_those_of_the_recipes() -> None:
     for one in catalog.policies():
         assert one.problem is None
         assert one.text is not None
-        assert Policy.parse(one.text) == registry.policies()[one.name].load()(1024)
+        assert Policy.parse(one.text) == catalog.built(registry.policies()[one.name].load())
 
 
 def test_a_policy_of_another_package_that_is_no_chain(install: Install) -> None:

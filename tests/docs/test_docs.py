@@ -28,7 +28,7 @@ from hypothesis import settings
 from torch import distributed
 
 import kvpolicy
-from kvpolicy import Policy, policies
+from kvpolicy import Policy
 from kvpolicy.adapters.vllm import Config, Settings
 from kvpolicy.cli import app as cli
 from kvpolicy.cli import default_model, plot
@@ -235,36 +235,6 @@ def test_every_public_name_is_in_the_reference() -> None:
     reference = "\n".join(page.read_text("utf-8") for page in sorted((ROOT / "docs/api").glob("*.md")))
     words = set(re.findall(r"\w+", reference))
     assert not [one for one in kvpolicy.__all__ if one not in words]
-
-
-#: How a page calls a method that wants more than a budget.
-CALLS = {"duo_attention": "duo_attention(1024, ((True, False),))"}
-
-
-@pytest.mark.parametrize("recipe", policies.__all__)
-def test_every_policy_is_described(recipe: str) -> None:
-    function, call = getattr(policies, recipe), CALLS.get(recipe, f"{recipe}(1024)")
-    made = Policy.parse(call)
-    row = re.search(
-        rf"^\|[^|]+\| `({re.escape(call)})` \|([^|]+)\| `([^`]+)` \|$",
-        README.read_text("utf-8"),
-        re.MULTILINE,
-    )
-    assert row, f"README.md has no row for {call} in its table of the zoo"
-    assert row[3] == repr(made) == repr(eval(call, vars(policies)))
-
-    page = (ROOT / "docs/policies.md").read_text("utf-8")
-    section = re.search(rf"^## [^\n]+{{ #{recipe} }}\n(.*?)(?=^## )", page, re.MULTILINE | re.DOTALL)
-    assert section, f"docs/policies.md has no section {{ #{recipe} }}"
-    assert f"`{recipe}{signature(function)}`" in section[1]
-    assert f"`{made!r}`" in section[1]
-
-    source = Path(inspect.getfile(function)).read_text("utf-8")
-    papers = set(re.findall(r"https://arxiv\.org/abs/[\d.]+\d", source))
-    assert papers
-    for paper in papers:
-        assert paper in page
-        assert paper in README.read_text("utf-8")
 
 
 def signature(function: Any) -> str:

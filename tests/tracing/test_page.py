@@ -130,8 +130,6 @@ def test_page_works_in_a_browser(tmp_path: Path) -> None:
             nameless = (
                 "!one.hidden && !one.textContent.trim() && !one.labels?.length && !one.getAttribute('aria-label')"
             )
-                "!one.hidden && !one.textContent.trim() && !one.labels?.length && !one.getAttribute('aria-label')"
-            )
             all_of_them = "[...document.querySelectorAll('button, input, select, canvas, svg, [role]')]"
             assert page.value(f"{all_of_them}.filter((one) => {nameless}).map((one) => one.outerHTML)") == []
             assert page.errors == []
