@@ -59,7 +59,7 @@ def each_query(
     limit = view.workspace // 8
     if view.keys.device.type == "cpu":
         limit = min(limit, _CPU_BLOCK)
-    line = group * s * torch.finfo(dtype).bits // 8
+    line = group * s * torch.finfo(dtype).bits // 8 * (4 if noise is not None else 1)  # noise is drawn in 64 bits
     several = max(1, min(window, limit // line))
     keys, positions = view.keys.flatten(0, 1), view.positions.flatten(0, 1)
     asked = queries.reshape(b * h, group, window, dim)

@@ -102,8 +102,9 @@ def conversations(policy: Policy, method: Method, script: Script = SCRIPT) -> It
     seen = 0
     for counts, decoding in script.steps():
         tokens = Tokens.of(script, max(counts), random)
-        # Sharper than random numbers are, so that some tokens are attended to and others are not.
-        tokens = Tokens(tokens.keys, tokens.values, 3 * tokens.queries)
+        # Sharper than random numbers are, so that some tokens are attended to and others are not; values of all sizes.
+        sizes = torch.exp(0.8 * torch.randn(tokens.values.shape[:-1], generator=random, dtype=script.dtype))
+        tokens = Tokens(tokens.keys, tokens.values * sizes[..., None], 3 * tokens.queries)
         event = cache.step(tokens, counts, decoding)
         for head in heads:
             for column in range(counts[0]):
