@@ -77,11 +77,11 @@ def read_shape(name: str, dtype: torch.dtype | None = None) -> ModelShape:
 
             config = AutoConfig.from_pretrained(source, **options)
             text = config.get_text_config(decoder=True)
-            dtype = dtype or getattr(text, "dtype", None) or torch.float32
+            found = dtype or getattr(text, "dtype", None) or torch.float32
             make: Any = AutoModelForCausalLM.from_config
             with torch.device("meta"):
                 model = make(config, dtype=torch.bfloat16).eval()
-            return _shape(name, model, text, dtype)
+            return _shape(name, model, text, found)
     except KVPolicyError:
         raise
     except Exception as error:  # transformers, and models run without weights, raise what they like
