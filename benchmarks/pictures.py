@@ -27,12 +27,18 @@ TOGETHER = {"streaming_llm": "StreamingLLM", "snapkv": "SnapKV", "vase": "VaSE",
 TEXT = Path(__file__).resolve().parents[1] / "LICENSE"  #: which everybody has
 
 
+#: What a method is given beside the sizes: half of the heads of the default model retrieve.
+MORE: dict[str, dict[str, Any]] = {
+    "duo_attention": {"retrieval": tuple((layer % 2 == 0, True, False) for layer in range(30)), "sinks": 4}
+}
+
+
 def small(name: str) -> Policy:
     """Return a registered method with the sizes of the pictures, as far as it leaves them open."""
     recipe = registry.policies()[name].load()
     asked = {"interval": INTERVAL, "recent": INTERVAL, "window": INTERVAL}
     known = inspect.signature(recipe).parameters
-    made = recipe(BUDGET, **{word: size for word, size in asked.items() if word in known})
+    made = recipe(BUDGET, **{word: size for word, size in asked.items() if word in known}, **MORE.get(name, {}))
     assert isinstance(made, Policy)
     return made
 

@@ -52,7 +52,8 @@ def check(
         )
         console.stdout().print(f"  {one_line(one.reason)}" if one.reason else "", markup=False, soft_wrap=True)
     failed = sum(one.result == "failed" for one in found)
-    console.note(f"{in_words(found)}; {examples} examples each", style="dim")
+    each = "1 example" if examples == 1 else f"{examples} examples"
+    console.note(f"{in_words(found)}; {each} each", style="dim")
     if failed:
         raise typer.Exit(1)
 

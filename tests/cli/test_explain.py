@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpolicy import BindError, Policy, registry
+from kvpolicy import BindError, Policy, catalog
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.adapters.vllm import Config
 from kvpolicy.cli import default_model
@@ -39,11 +39,12 @@ def test_a_policy_in_words(kvpolicy: Command) -> None:
 
 
 def test_every_recipe_is_explained(kvpolicy: Command) -> None:
-    for name in registry.policies():
-        result = kvpolicy("explain", f"{name}(1024)", "--json")
+    for one in catalog.policies():
+        assert one.text is not None
+        result = kvpolicy("explain", one.text, "--json")
         assert result.code == 0, result.err
         found = json.loads(result.out)
-        assert Policy.parse(found["policy"]) == Policy.parse(f"{name}(1024)")
+        assert Policy.parse(found["policy"]) == Policy.parse(one.text)
         assert all(stage["sentence"] for stage in found["stages"])
         assert all(parameter["meaning"] for stage in found["stages"] for parameter in stage["parameters"])
 
@@ -107,8 +108,15 @@ def test_what_no_engine_can_give_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 # Memory
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "minicpm3", "qwen3_moe"])
-@pytest.mark.parametrize("text", ["vase(24, interval=8, recent=8)", "recommended(24, interval=8)"])
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("llama", "vase(24, interval=8, recent=8)"),
+        ("gemma3", "recommended(24, interval=8)"),
+        ("minicpm3", "vase(24, interval=8, recent=8)"),
+        ("qwen3_moe", "recommended(24, interval=8)"),
+    ],
+)
 def test_memory_is_what_a_cache_holds(family: str, text: str, tmp_path: Path) -> None:
     model, policy = tiny_model(family), Policy.parse(text)
     model.config.save_pretrained(tmp_path)  # and no weights
