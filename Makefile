@@ -34,7 +34,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 COV    ?=
 
 # The transformers that the adapter is tested on: what adapters/hf/compat.py lists, but the pinned one,
-# which `make test` runs; and the newest on PyPI within pyproject.toml's range.
+# which `make test` runs; and the newest on PyPI within pyproject.toml's range. Of those listed the oldest, or ALL=1.
 TESTED   := $(or $(shell sed -n 's/^TESTED = (\(.*\))$$/\1/p' adapters/hf/compat.py | tr -d '",'), \
               $(error adapters/hf/compat.py has no line TESTED = (...)))
 PINNED   := $(shell sed -n 's/^transformers==//p' constraints.txt)
@@ -42,7 +42,7 @@ RANGE    := $(shell sed -n 's/^hf = \["\(transformers[^"]*\)".*/\1/p' pyproject.
 NEWEST    = $(shell $(BIN)/python -m pip install -q --disable-pip-version-check --dry-run --ignore-installed --no-deps \
               --report - '$(RANGE)' | $(BIN)/python -c \
               'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])')
-VERSIONS  = $(sort $(filter-out $(PINNED),$(TESTED) $(or $(NEWEST),$(error PyPI does not say which transformers is \
+VERSIONS  = $(sort $(filter-out $(PINNED),$(if $(ALL),$(TESTED),$(firstword $(TESTED))) $(or $(NEWEST),$(error PyPI does not say which transformers is \
               the newest: write make test-versions NEWEST=VERSION))))
 
 DEMO_POLICY ?= ValueGuard() >> Stochastic(1.0) >> TopK(256)
@@ -92,7 +92,7 @@ test: $(READY) ## unit tests, then doctests (COV=1 adds coverage)
 	@$(@D)/bin/python -m pip install -q --disable-pip-version-check transformers==$*
 	@touch $@
 
-test-versions: $(READY) ## the transformers adapter on other versions of transformers
+test-versions: $(READY) ## the transformers adapter on the oldest and the newest transformers (ALL=1: on each that is listed)
 	@for version in $(VERSIONS); do \
 		$(MAKE) -s --no-print-directory .venvs/transformers-$$version/.ready || exit; \
 		echo "== test-versions: transformers $$version"; \

@@ -64,20 +64,31 @@ def decode(
 FULL_ONLY = [family for family in KINDS if family not in ("gemma3", "gpt_oss")]
 
 
+def test_one_graph_and_no_other_over_200_tokens() -> None:
+    one_graph("llama", "vase", tokens=200)
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
-    [*((family, "vase") for family in FULL_ONLY), *(("llama", name) for name in ("h2o", "knorm", "mixture", "tova"))],
+    [
+        *((family, "vase") for family in FULL_ONLY if family != "llama"),
+        *(("llama", name) for name in ("h2o", "knorm", "mixture", "tova")),
+    ],
 )
-def test_one_graph_and_no_other_over_200_tokens(family: str, name: str) -> None:
+def test_one_graph_for_every_family_and_kind_of_policy(family: str, name: str) -> None:
+    one_graph(family, name, tokens=64)
+
+
+def one_graph(family: str, name: str, tokens: int) -> None:
     model, policy = tiny(family), zoo(24)[name]
     prompts, mask = padded(LENGTHS, 97)
-    text = torch.randint(2, 97, (3, 200), generator=torch.Generator().manual_seed(5))
+    text = torch.randint(2, 97, (3, tokens), generator=torch.Generator().manual_seed(5))
     expected, receipt = decode(model, model, policy, prompts, mask, text, static=False)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     found, compiled_receipt = decode(model, compiled, policy, prompts, mask, text, static=True)
     assert graphs() == 1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert min(compiled_receipt.evictions) >= 24
+    assert min(compiled_receipt.evictions) >= tokens // 8 - 1
     for layer in receipt.layers:
         assert torch.equal(compiled_receipt.positions(layer), receipt.positions(layer))
 
@@ -118,16 +129,15 @@ def test_generate_compiles_by_itself_to_machine_code() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_generate_compiles_by_itself(backend: str) -> None:
-    generate_compiles(backend)
+def test_generate_compiles_by_itself() -> None:
+    generate_compiles("eager")
 
 
 @torch.no_grad()
 def generate_compiles(backend: str) -> None:
     model, policy = tiny("llama"), zoo(24)["vase"]
     prompts, mask = padded(LENGTHS, 97)
-    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 200, "do_sample": False}
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 80, "do_sample": False}
     with EvictionCache(model, policy) as cache:
         expected = model.generate(prompts, past_key_values=cache, **options)
         receipt = cache.receipt()

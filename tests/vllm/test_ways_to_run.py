@@ -6,6 +6,7 @@ more than that at every step, which is checked; a slot kept in one way and not i
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,11 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+#: These take a minute each: a compiler, and three processes that share two cores.
+LONG = pytest.mark.skipif("KVPOLICY_EVERY_WAY" not in os.environ, reason="long: KVPOLICY_EVERY_WAY=1 make test-vllm")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=LONG if way in ("compiled", "split") else ()) for way in WAYS])
 def test_same_answers(way: str, model: str, plain: dict[str, Any], tmp_path: Path) -> None:
     engine, changes, facts = WAYS[way]
     one = {**asked(model, **engine), "rounds": [requests(192)], "async": facts.get("async", False)}
