@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import re
-from pathlib import Path
 
 import pytest
 
-from kvpolicy import Policy, policies
+from kvpolicy import Policy, docstrings, policies
 from tests.docs import zoo_pages
 from tests.docs.pages import ROOT
 from tests.docs.test_docs import README, signature
@@ -39,6 +37,6 @@ def test_every_method_has_its_page(recipe: str) -> None:
     assert f"(docs/zoo/{recipe}.md)" in README.read_text("utf-8")
     assert f"zoo/{recipe}.md\n" in (ROOT / "mkdocs.yml").read_text("utf-8")
 
-    papers = set(re.findall(r"https://arxiv\.org/abs/[\d.]+\d", Path(inspect.getfile(function)).read_text("utf-8")))
+    papers = docstrings.links(inspect.getdoc(function) or "")
     assert papers
     assert not [paper for paper in papers if paper not in page]
