@@ -233,7 +233,7 @@ def _engines(policy: Policy, model: ModelSpec) -> Iterator[Engine]:
 
 
 def _transformers(policy: Policy, model: ModelSpec) -> str:
-    planning.checked(policy, "the transformers adapter")
+    planning.checked(policy, "the transformers adapter", planning.TRANSFORMERS)
     planning.plans_of_layers([policy.plan(model)], tuple(range(model.num_layers)))
     return _with_tokens(policy, model)
 

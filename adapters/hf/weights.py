@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvpolicy.adapters import planning
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.view import LayerSpec
 
-__all__ = ["OFFERS", "Weights", "rotary_of", "weights_of"]
-
-OFFERS = frozenset({"output_projection", "rotary"})  #: what this adapter gives besides what every one gives
+__all__ = ["Weights", "rotary_of", "weights_of"]
 
 _NAMES = ("o_proj", "out_proj", "dense")  #: of output projections
 _FIXED = ("default", "linear", "llama3", "yarn")  #: kinds of rotary embedding whose frequencies never change
@@ -74,7 +73,7 @@ def weights_of(decoder: nn.Module, layers: Sequence[int], needs: frozenset[str],
     Raises:
         UnsupportedError: the model does not have it in a form that is known here; the message says what.
     """
-    asked = needs & OFFERS
+    asked = needs & planning.WEIGHTS
     if not asked:
         return Weights({})
     name = type(decoder).__name__
