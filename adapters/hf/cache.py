@@ -129,7 +129,8 @@ class EvictionCache(Passes):
             )
         evicting = [layer for layer, plans in by_layer.items() if plans]
         needs = frozenset[str]().union(*(one.needs for one in self.policies))
-        weights = weights_of(compat.decoder_of(model), evicting, needs, alone=found.ranks.size == 1)
+        shapes = set(found.groups) == {torch.device("meta")}
+        weights = weights_of(compat.decoder_of(model), evicting, needs, alone=found.ranks.size == 1, shapes=shapes)
         self.skipped = {**found.skipped, **dict.fromkeys(alone, "left alone by the policy")}
         groups = [
             Group(

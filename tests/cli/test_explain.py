@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpolicy import BindError, Policy, catalog
+from kvpolicy import BindError, Policy, UnsupportedError, catalog
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.adapters.vllm import Config
 from kvpolicy.cli import default_model
@@ -97,6 +97,35 @@ def test_refusals_are_those_of_the_adapters(text: str) -> None:
         Config(Policy.parse(text).text(full=True))
     assert engines["vLLM"].why == str(refused.value)
     assert ("max_new_tokens" in engines["FlashCache"].why) == (Policy.parse(text).interval is None)
+
+
+def test_transformers_is_said_to_follow_what_it_binds() -> None:
+    model = tiny_model("llama")
+    for one in catalog.policies():
+        text = f"{one.name}(1024)" if one.name != "duo_attention" else f"duo_attention(1024, {((True, False),) * 3})"
+        policy = Policy.parse(text)
+        with EvictionCache(model, policy, max_new_tokens=8):
+            pass
+        engines = {engine.name: engine for engine in explain(policy, num_layers=3, num_heads=2).engines}
+        assert engines["transformers"].follows, engines["transformers"].why
+        reads_weights = policy.needs & {"output_projection", "rotary"}
+        assert not (reads_weights and (engines["vLLM"].follows or engines["FlashCache"].follows))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "minicpm3"])
+def test_a_model_without_weights_is_refused_as_with_them(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    for text in ("criticalkv(256)", "expected_attention(256)"):
+        said = shape.refusal(Policy.parse(text), 8)
+        try:
+            with EvictionCache(model, Policy.parse(text), max_new_tokens=8):
+                pass
+        except UnsupportedError as error:
+            assert said == str(error)
+        else:
+            assert said is None
 
 
 def test_what_no_engine_can_give_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
