@@ -46,6 +46,12 @@ class ModelShape:
         heads = {layer.num_heads for layer in self.layers}
         return heads.pop() if len(heads) == 1 else None
 
+    @property
+    def hidden(self) -> int | None:
+        """Return how many numbers a layer's output has, if the configuration tells."""
+        found = getattr(self.model.config.get_text_config(decoder=True), "hidden_size", None)
+        return found if isinstance(found, int) else None
+
     def refusal(self, policy: EvictionPolicy, max_new_tokens: int) -> str | None:
         """Return why the transformers adapter cannot bind this model to a policy, or None where it can."""
         from kvpolicy.adapters.hf import EvictionCache

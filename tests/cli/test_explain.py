@@ -14,6 +14,7 @@ from kvpolicy import BindError, Policy, UnsupportedError, catalog
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.adapters.vllm import Config
 from kvpolicy.cli import default_model
+from kvpolicy.cli.costs import costs_of
 from kvpolicy.cli.shapes import read_shape
 from kvpolicy.explanation import explain
 from kvpolicy.footprint import footprint
@@ -126,6 +127,8 @@ def test_a_model_without_weights_is_refused_as_with_them(family: str, tmp_path: 
             assert said == str(error)
         else:
             assert said is None
+            costs = costs_of(Policy.parse(text), shape, batch=1, tokens=1000, max_new_tokens=8)
+            assert costs.eviction.flops > 0
 
 
 def test_what_no_engine_can_give_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
