@@ -14,7 +14,7 @@ from typing import Any
 
 from kvpolicy import catalog, docstrings
 from kvpolicy.adapters import planning
-from kvpolicy.allocators import Allocator, PerLayer, Uniform
+from kvpolicy.allocators import Allocator, Uniform
 from kvpolicy.errors import BudgetError, KVPolicyError
 from kvpolicy.policy import LayerPlan, ModelSpec, Policy
 from kvpolicy.stage import Piped, Scorer, Selector, Stage, Transform, Transforms
@@ -166,7 +166,8 @@ def explain(policy: Policy, *, num_layers: int | None = None, num_heads: int | N
 
 def _layers_named(policy: Policy) -> int:
     sharing = policy.chain.selector.sharing()
-    return len(sharing.layers) if isinstance(sharing, PerLayer) else _LAYERS
+    named = None if sharing is None else sharing.layers_named
+    return _LAYERS if named is None else named
 
 
 def _told(policy: Policy) -> Iterator[Explained]:

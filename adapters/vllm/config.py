@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvpolicy.adapters import planning
-from kvpolicy.allocators import PerLayer, Proportional, Pyramid
 from kvpolicy.errors import BindError, UnsupportedError, nearest
 from kvpolicy.grammar import parse_policy, with_arguments
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Policy
@@ -153,24 +152,14 @@ def planned(policy: EvictionPolicy, text: str) -> LayerPlan:
         UnsupportedError: layers or heads have budgets of their own, or nothing is decoded between evictions.
     """
     planning.checked(policy, ADAPTER)
-    headed = UnsupportedError(
-        f"{text!r} gives heads budgets of their own: vLLM has one block table for all heads of a layer; "
-        "write TopK(budget), or use kvpolicy.adapters.flash_attn.FlashCache"
-    )
     if "head_budgets" in policy.needs:
-        raise headed
-    layered = UnsupportedError(
-        f"{text!r} gives layers budgets of their own: vLLM has one block table for all layers of a group; "
-        "write TopK(budget)"
-    )
-    endless = UnsupportedError(
-        f"{text!r} evicts at the end of a turn only, so that a request would grow without end: "
-        f"write an interval, as in {_EXAMPLE}"
-    )
-    if isinstance(policy, Policy) and isinstance(policy.chain.selector.sharing(), PerLayer | Proportional | Pyramid):
-        raise layered
-    if isinstance(policy, Policy) and policy.interval is None:
-        raise endless
+        raise _headed(text)
+    if isinstance(policy, Policy):
+        sharing = policy.chain.selector.sharing()
+        if sharing is not None and sharing.layered:
+            raise _layered(text)
+        if policy.interval is None:
+            raise _endless(text)
     # How many layers there are is not known here: what plans them alike plans a few and many alike.
     counts = (2,) if isinstance(policy, Policy) else (1, 2, 96)
     plans = [(count, policy.plan(ModelSpec(count)).layers) for count in counts]
@@ -179,9 +168,30 @@ def planned(policy: EvictionPolicy, text: str) -> LayerPlan:
             raise BindError(f"{text!r} planned {len(layers)} layers, and was asked for {count}")
     first = plans[0][1][0]
     if first is None or any(layer != first for _, layers in plans for layer in layers):
-        raise layered
+        raise _layered(text)
     if first.head_wise:
-        raise headed
+        raise _headed(text)
     if first.interval is None:
-        raise endless
+        raise _endless(text)
     return first
+
+
+def _headed(text: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{text!r} gives heads budgets of their own: vLLM has one block table for all heads of a layer; "
+        "write TopK(budget), or use kvpolicy.adapters.flash_attn.FlashCache"
+    )
+
+
+def _layered(text: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{text!r} gives layers budgets of their own: vLLM has one block table for all layers of a group; "
+        "write TopK(budget)"
+    )
+
+
+def _endless(text: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{text!r} evicts at the end of a turn only, so that a request would grow without end: "
+        f"write an interval, as in {_EXAMPLE}"
+    )
