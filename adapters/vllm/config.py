@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import json
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from kvpolicy.adapters import planning
 from kvpolicy.errors import BindError, UnsupportedError, nearest
-from kvpolicy.grammar import parse_policy, with_arguments
+from kvpolicy.grammar import parse_policy, parse_with
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Policy
 
 __all__ = ["ADAPTER", "KEY", "Config", "followed", "insist_on_key", "planned"]
@@ -127,17 +126,13 @@ def followed(text: str, interval: int | None = None) -> tuple[EvictionPolicy, La
 
     Args:
         text: what ``parse_policy`` reads.
-        interval: in place of the policy's own; of a policy that is not made of stages, its recipe is asked.
+        interval: in place of the policy's own; see :func:`~kvpolicy.grammar.parse_with`.
 
     Raises:
         ParseError: it is not a policy, or a recipe that takes no interval.
         UnsupportedError: layers or heads have budgets of their own, or nothing is decoded between evictions.
     """
-    policy = parse_policy(text)
-    if interval is not None and isinstance(policy, Policy):
-        policy = dataclasses.replace(policy, interval=interval)
-    elif interval is not None:
-        policy = parse_policy(with_arguments(text, interval=interval))
+    policy = parse_policy(text) if interval is None else parse_with(text, interval=interval)
     return policy, planned(policy, text)
 
 

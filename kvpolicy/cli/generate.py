@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,10 +95,8 @@ def generate(
 
 def chosen_policy(text: str, interval: str | None, recent: int | None) -> EvictionPolicy:
     """Return the policy, with what the options change about it."""
-    from kvpolicy import Policy, parse_policy
-    from kvpolicy.grammar import with_arguments
+    from kvpolicy.grammar import parse_with
 
-    policy = parse_policy(text)
     changes: dict[str, int | None] = {}
     if interval is not None:
         try:
@@ -108,9 +105,7 @@ def chosen_policy(text: str, interval: str | None, recent: int | None) -> Evicti
             raise CommandError(f"--interval {interval}: it is a whole number, or none") from error
     if recent is not None:
         changes["recent"] = recent
-    if isinstance(policy, Policy):
-        return dataclasses.replace(policy, **changes)  # type: ignore[arg-type]
-    return parse_policy(with_arguments(text, **changes)) if changes else policy
+    return parse_with(text, **changes)
 
 
 def load_model(name: str | None, dtype: str, device: str, *, exact: bool = False) -> Loaded:
