@@ -10,12 +10,13 @@ import typer
 
 from kvpolicy.cli import console
 from kvpolicy.cli.errors import CommandError, RunError
-from kvpolicy.cli.prompt import encode, read_prompt
+from kvpolicy.cli.prompt import read_prompt
 
 if TYPE_CHECKING:
     from kvpolicy import EvictionPolicy
     from kvpolicy.cli.models import Loaded
-    from kvpolicy.cli.running import Run, Sampling
+    from kvpolicy.cli.running import Run
+    from kvpolicy.generation import Sampling
     from kvpolicy.receipt import Receipt
 
 __all__ = ["check_numbers", "chosen_policy", "generate", "load_model", "warn_if_idle", "warn_if_too_long"]
@@ -78,7 +79,7 @@ def generate(
     check_numbers(max_new_tokens, temperature, seed)
     loaded = load_model(model, dtype, device, exact=compare)
 
-    from kvpolicy.cli.running import Sampling
+    from kvpolicy.generation import Sampling, encode
 
     inputs = encode(loaded.tokenizer, text, chat=chat, system=system)
     sampling = Sampling(max_new_tokens, temperature, seed)

@@ -10,9 +10,9 @@ import torch
 
 from kvpolicy.cli.errors import CommandError, one_line
 from kvpolicy.cli.models import source_of
-from kvpolicy.cli.quiet import silent
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy import EvictionPolicy
+from kvpolicy.quiet import silent
 from kvpolicy.view import LayerSpec
 
 __all__ = ["ModelShape", "read_shape"]
