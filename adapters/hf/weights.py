@@ -141,7 +141,7 @@ def rotary_of(decoder: nn.Module, attention: Sequence[nn.Module]) -> Tensor:
         why = f"has rotary embeddings of the kind {kind!r}, whose frequencies are not fixed"
     elif "mrope_section" in repr(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
         why = "counts positions in several directions"
-    elif not all(_ROTATES.search(inspect.getsource(type(module).forward)) for module in attention):
+    elif not all(_ROTATES.search(_source(type(module))) for module in attention):
         why = "does not rotate queries and keys in every layer, or in a way of its own"
     else:
         embeddings = [_with_numbers(embeddings[0])]
@@ -149,6 +149,14 @@ def rotary_of(decoder: nn.Module, attention: Sequence[nn.Module]) -> Tensor:
     if why is not None:
         raise UnsupportedError(f"the policy needs rotary, plain rotary embeddings of whole keys, and {name} {why}")
     return embeddings[0].inv_freq.detach().to(torch.float64)  # type: ignore[operator]
+
+
+def _source(kind: type[nn.Module]) -> str:
+    """Return the source of a module's ``forward``, nothing where it cannot be had: it was typed in, or compiled."""
+    try:
+        return inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return ""
 
 
 def _with_numbers(embedding: Any) -> Any:
