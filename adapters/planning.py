@@ -9,9 +9,20 @@ from kvpolicy.errors import BindError, UnsupportedError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, Plan, Policy
 from kvpolicy.stage import Chain, Stage
 
-__all__ = ["by_plan", "checked", "integers", "plans_of_layers", "policy_text"]
+__all__ = [
+    "OFFERS",
+    "TRANSFORMERS",
+    "WEIGHTS",
+    "by_plan",
+    "checked",
+    "integers",
+    "plans_of_layers",
+    "policy_text",
+]
 
 OFFERS = frozenset({"queries", "every_query", "cross_heads", "head_budgets"})  #: what every adapter here can give
+WEIGHTS = frozenset({"output_projection", "rotary"})  #: what those can give besides that hold the model
+TRANSFORMERS = OFFERS | WEIGHTS  #: what the transformers adapter can give; said here, so that nobody must load it
 
 
 def checked(

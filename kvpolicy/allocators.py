@@ -39,6 +39,16 @@ class Allocator:
     shared: ClassVar[bool] = False
     refresh: int | None = None
 
+    @property
+    def layers_named(self) -> int | None:
+        """Return how many layers it has budgets for, and no model of another number; None where any number will do."""
+        return None
+
+    @property
+    def layered(self) -> bool:
+        """Return whether layers may get different numbers of slots; so they may where layers are named."""
+        return self.layers_named is not None
+
     def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return the slots that each KV head of each layer keeps; None leaves a layer alone."""
         raise NotImplementedError(f"{type(self).__name__} has no budgets(num_layers, recent)")
@@ -113,6 +123,11 @@ class PerLayer(Allocator):
                 "use an ordinary cache"
             )
 
+    @property
+    def layers_named(self) -> int:
+        """Return how many budgets are written."""
+        return len(self.layers)
+
     def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return the budgets as they are written.
 
@@ -152,6 +167,11 @@ class Pyramid(Allocator):
     def __post_init__(self) -> None:
         _check.integer(self, "budget", self.budget, 1)
         _check.number(self, "beta", self.beta, 1)
+
+    @property
+    def layered(self) -> bool:
+        """Return True."""
+        return True
 
     def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return budgets that never grow from a layer to the next; their mean is ``budget``.
@@ -201,6 +221,11 @@ class Proportional(Allocator):
         object.__setattr__(self, "preferences", tuple(self.preferences))
         for number, preference in enumerate(self.preferences):
             _check.number(self, f"preferences[{number}]", preference, 0, above=True)
+
+    @property
+    def layers_named(self) -> int:
+        """Return how many numbers are written."""
+        return len(self.preferences)
 
     def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return budgets in proportion; their mean is ``budget``.

@@ -90,3 +90,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def one_line(error: BaseException | str, limit: int = 600) -> str:
+    """Return a message on one line, and its type where it says nothing.
+
+    >>> one_line("one   or more    spaces")
+    'one or more spaces'
+    """
+    text = " ".join(str(error).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

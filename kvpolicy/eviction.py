@@ -43,6 +43,10 @@ class LogitSpec:
         workspace: bytes that the temporaries of one eviction may take.
         absorb: what makes queries of a layer, counted within the store, ask the keys that the store
             holds, ``[rows, Hq, W, query_dim]`` to ``[rows, Hq, W, D]``; None where they do.
+        output: the output projection of each layer of the store, ``[hidden, Hq, Dv]``, for policies that need
+            ``"output_projection"``; or None.
+        rotary: ``[D / 2]`` float64, radians a position by which pairs of elements of queries and keys are turned,
+            for policies that need ``"rotary"``; or None.
     """
 
     scaling: float

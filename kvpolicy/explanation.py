@@ -10,24 +10,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from kvpolicy import catalog, docstrings
 from kvpolicy.adapters import planning
-from kvpolicy.allocators import Allocator, PerLayer, Uniform
+from kvpolicy.allocators import Allocator, Uniform
 from kvpolicy.errors import BudgetError, KVPolicyError
 from kvpolicy.policy import LayerPlan, ModelSpec, Policy
-from kvpolicy.stage import Piped, Scorer, Selector, Stage, Transform, Transforms
+from kvpolicy.stage import Piped, Scorer, Selector, Stage, Transform, Transforms, default_of
 
-__all__ = ["Engine", "Explained", "Explanation", "Guarded", "Parameter", "explain"]
+__all__ = ["Argument", "Engine", "Explanation", "Guarded", "Node", "explain"]
 
 _LAYERS = 32  #: of a model that nobody has named
 _DECODED = 1  #: tokens, where nobody says how many a policy without an interval lets a cache grow
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """Give one parameter of a stage.
+class Argument:
+    """Give the value of one parameter of a stage.
 
     Attributes:
         name: of the parameter.
@@ -43,7 +42,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Explained:
+class Node:
     """Tell one node of a chain.
 
     Attributes:
@@ -57,7 +56,7 @@ class Explained:
     name: str
     role: str
     sentence: str
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[Argument, ...]
     depth: int
 
 
@@ -118,7 +117,7 @@ class Explanation:
     """
 
     policy: str
-    stages: tuple[Explained, ...]
+    stages: tuple[Node, ...]
     layers: tuple[LayerPlan | None, ...]
     interval: int | None
     recent: int
@@ -166,15 +165,16 @@ def explain(policy: Policy, *, num_layers: int | None = None, num_heads: int | N
 
 def _layers_named(policy: Policy) -> int:
     sharing = policy.chain.selector.sharing()
-    return len(sharing.layers) if isinstance(sharing, PerLayer) else _LAYERS
+    named = None if sharing is None else sharing.layers_named
+    return _LAYERS if named is None else named
 
 
-def _told(policy: Policy) -> Iterator[Explained]:
+def _told(policy: Policy) -> Iterator[Node]:
     for part in policy.chain.parts():
         yield from _nodes(part, 0)
 
 
-def _nodes(node: Stage | Allocator, depth: int) -> Iterator[Explained]:
+def _nodes(node: Stage | Allocator, depth: int) -> Iterator[Node]:
     """Yield a node and what it is made of; what only joins stages is not told."""
     if isinstance(node, Transforms):
         for step in node.steps:
@@ -189,20 +189,15 @@ def _nodes(node: Stage | Allocator, depth: int) -> Iterator[Explained]:
     for field in dataclasses.fields(node):  # type: ignore[arg-type]
         value = getattr(node, field.name)
         if isinstance(value, Uniform):  # what a plain number of slots is short for
-            parameters.append(Parameter("budget", repr(value.budget), meanings.get("budget", ""), False))
+            parameters.append(Argument("budget", repr(value.budget), meanings.get("budget", ""), False))
         elif isinstance(value, Stage | Allocator):
             inner.append(value)
         elif field.init:
-            default = _is_default(field, value)
-            parameters.append(Parameter(field.name, repr(value), meanings.get(field.name, ""), default))
-    yield Explained(kind.__name__, _role(node), docstrings.summary(kind), tuple(parameters), depth)
+            default = default_of(field) == value
+            parameters.append(Argument(field.name, repr(value), meanings.get(field.name, ""), default))
+    yield Node(kind.__name__, _role(node), docstrings.summary(kind), tuple(parameters), depth)
     for one in inner:
         yield from _nodes(one, depth + 1)
-
-
-def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return bool(default is not dataclasses.MISSING and default == value)
 
 
 def _role(node: Stage | Allocator) -> str:
@@ -233,7 +228,7 @@ def _engines(policy: Policy, model: ModelSpec) -> Iterator[Engine]:
 
 
 def _transformers(policy: Policy, model: ModelSpec) -> str:
-    planning.checked(policy, "the transformers adapter")
+    planning.checked(policy, "the transformers adapter", planning.TRANSFORMERS)
     planning.plans_of_layers([policy.plan(model)], tuple(range(model.num_layers)))
     return _with_tokens(policy, model)
 

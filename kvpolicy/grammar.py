@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from kvpolicy.errors import ParseError, PolicyError, nearest
 from kvpolicy.policy import EvictionPolicy, Policy
 from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, maximum
 
-__all__ = ["parse", "parse_any", "parse_policy", "text_of", "with_arguments"]
+__all__ = ["parse", "parse_any", "parse_policy", "parse_with", "text_of", "with_arguments"]
 
 
 def parse(text: str) -> Policy:
@@ -52,6 +53,41 @@ def parse_policy(text: str) -> EvictionPolicy:
     raise ParseError(f"{_short(source)!r} is not a policy but {value!r}")
 
 
+def parse_with(text: str, **changes: int | None) -> EvictionPolicy:
+    """Return the policy of a text with another interval, or other recent tokens.
+
+    A recipe is asked for them where it has such a parameter: what else it derives from them follows. Of any
+    other policy of stages they are replaced.
+
+    Args:
+        text: what :func:`parse_policy` reads.
+        changes: by the names of ``Policy``'s options.
+
+    Raises:
+        ParseError: the text is no policy, or one that is not made of stages, whose recipe has no such parameter.
+
+    >>> parse_with("lazy_eviction(1024)", interval=128)
+    Policy(Recurrence(window=128, threshold=0.0001) >> TopK(1024), interval=128, recent=128)
+    >>> parse_with("snapkv(1024)", interval=128, recent=32).interval  # a recipe that has no recent
+    128
+    """
+    policy = parse_policy(text)
+    known = _parameters(text)
+    asked = {name: value for name, value in changes.items() if name in known or not isinstance(policy, Policy)}
+    if asked:
+        policy = parse_policy(with_arguments(text, **asked))
+    rest: dict[str, Any] = {name: value for name, value in changes.items() if name not in asked}
+    return dataclasses.replace(policy, **rest) if isinstance(policy, Policy) and rest else policy
+
+
+def _parameters(text: str) -> frozenset[str]:
+    """Return the names of the parameters of the recipe that a text calls, none where it calls none."""
+    match _tree(text)[1]:
+        case ast.Call(func=ast.Name(id=name)) if name in _callables():
+            return frozenset(inspect.signature(_callables()[name]()).parameters)
+    return frozenset()
+
+
 def text_of(policy: EvictionPolicy) -> str:
     """Return a text that :func:`parse_policy` reads as this policy, every parameter of its stages written out.
 
@@ -82,7 +118,7 @@ def with_arguments(text: str, **arguments: int | None) -> str:
         ParseError: the recipe has no such parameter.
 
     >>> with_arguments("vase(1024, recent=32)", recent=16, interval=None)
-    'vase(1024, recent=16, interval=None)'
+    'vase(1024, interval=None, recent=16)'
     """
     source, tree = _tree(text)
     names = ", ".join(f"{name}={value}" for name, value in arguments.items())

@@ -57,6 +57,11 @@ class PerHead(Allocator):
                     )
                 _check.integer(self, "heads", one, 1)
 
+    @property
+    def layers_named(self) -> int | None:
+        """Return how many layers are written, None where one tuple holds for all."""
+        return len(self.heads) if isinstance(self.heads[0], tuple) else None
+
     def budgets(self, num_layers: int, recent: int) -> tuple[Budget, ...]:
         """Return the budgets of the heads of every layer.
 

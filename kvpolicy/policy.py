@@ -264,10 +264,15 @@ class Policy:
             stage.update(view.at(index), held)
             for index, (stage, held) in enumerate(zip(self.stages, state, strict=True))
         )
-        return self.chain.selector.select(self._scored(view, state), view), state
+        return self.chain.selector.select(self.scores(view, state), view), state
 
-    def _scored(self, view: View, state: State) -> Scores:
-        """Return the scores from which the selector picks, and how each slot is protected."""
+    def scores(self, view: View, state: State) -> Scores:
+        """Return the scores from which the selector picks, and how each slot is protected.
+
+        Args:
+            view: of what the cache holds.
+            state: of the stages, after they have read the view, as :meth:`select` returns it.
+        """
         scorer, transform = self.chain.scorer, self.chain.transform
         assert scorer is not None
         scores = scorer.score_with(view.at(0), state)

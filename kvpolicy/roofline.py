@@ -81,17 +81,20 @@ def bytes_to_move(store: Store, moved: int) -> int:
     return moved * row + len(store.layers) * spec.num_heads * store.longest * store.order.element_size()
 
 
-def eviction_cost(policy: EvictionPolicy, plan: LayerPlan, layer: LayerSpec) -> Cost:
+def eviction_cost(policy: EvictionPolicy, plan: LayerPlan, layer: LayerSpec, *, hidden: int | None = None) -> Cost:
     """Return the least work of one eviction of a full layer of one request, while decoding.
 
     Bytes are those of what must be read or written, each once: keys, values and queries as far as the policy
     reads them; positions, order and remembered numbers of every slot; and survivors that lie where slots are
-    given up, as many as there are victims at most. Where heads differ, each counts as their mean.
+    given up, as many as there are victims at most. Where heads differ, each counts as their mean. A policy that
+    reads the output projection reads that, too, in the dtype of the cache.
 
     Args:
         policy: whose plan it is.
         plan: of the layer.
         layer: its sizes; capacity and device do not matter.
+        hidden: numbers that the layer's output has, for policies that read its projection; as many as the values
+            of all query heads together where None.
 
     >>> from kvpolicy import ModelSpec
     >>> from kvpolicy.policies import streaming_llm, vase
@@ -115,7 +118,7 @@ def eviction_cost(policy: EvictionPolicy, plan: LayerPlan, layer: LayerSpec) -> 
             logits, absorb=lambda _, queries: queries.new_zeros(*queries.shape[:-1], layer.head_dim)
         )
     with contextlib.suppress(_Decided):
-        evict(store, [True], logits)
+        evict(store, [True], dataclasses.replace(logits, **_weights(policy.needs, layer, hidden)))
     slots, moved = layer.num_heads * plan.capacity, layer.num_heads * min(grown, budget)
     after = dataclasses.replace(full, length=budget)
     store.rows = [after]
@@ -158,6 +161,17 @@ def _remembered(store: Store) -> int:
     )
 
 
+def _weights(needs: frozenset[str], layer: LayerSpec, hidden: int | None) -> dict[str, Any]:
+    """Return what a policy needs of a model's weights, as a LogitSpec holds it: shapes, and no memory."""
+    found: dict[str, Any] = {}
+    if "output_projection" in needs:
+        sizes = hidden or layer.num_query_heads * layer.value_dim, layer.num_query_heads, layer.value_dim
+        found["output"] = (torch.empty(sizes, dtype=layer.dtype, device="meta"),)
+    if "rotary" in needs:
+        found["rotary"] = torch.empty(layer.head_dim // 2, dtype=torch.float64, device="meta")
+    return found
+
+
 class _Decided(Exception):  # not an error: the policy has answered
     """Stop an eviction behind the policy's answer."""
 
@@ -182,7 +196,8 @@ class _Watch:
         return self.policy.init(spec, rows)
 
     def select(self, view: View, state: State) -> tuple[Keep, State]:
-        meter = _Meter([t for t in (view.keys, view.values, view.queries) if t is not None])
+        projections = view.output.weights if view.output is not None else ()
+        meter = _Meter([t for t in (view.keys, view.values, view.queries, *projections) if t is not None])
         with meter:
             self.policy.select(view, state)
         self.read, self.flops = meter.read, meter.flops

@@ -108,12 +108,17 @@ def call_text(node: Any, *, full: bool = False) -> str:
         value = getattr(node, field.name)
         if not field.init:
             continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = default_of(field)
         if default is dataclasses.MISSING and not field.kw_only:
             words.append(repr(value))
         elif full or value != default:
             words.append(f"{field.name}={value!r}")
     return f"{type(node).__name__}({', '.join(words)})"
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of a field, ``dataclasses.MISSING`` where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def describe(node: object) -> str:

@@ -19,7 +19,7 @@ from kvpolicy.adapters.hf.group import Group
 from kvpolicy.adapters.hf.layer import EvictionLayer
 from kvpolicy.adapters.hf.passes import Passes
 from kvpolicy.adapters.hf.ranks import kept_alike
-from kvpolicy.adapters.hf.weights import OFFERS, weights_of
+from kvpolicy.adapters.hf.weights import weights_of
 from kvpolicy.errors import IntegrityError, UnsupportedError, UsageError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
 from kvpolicy.receipt import Receipt, receipt_of
@@ -102,7 +102,7 @@ class EvictionCache(Passes):
             _check.integer("EvictionCache", "prompt_length", prompt_length, 1)
         self.model, self.static = model, static
         self.max_draft_tokens, self.prompt_length = max_draft_tokens, prompt_length
-        self.policies = planning.checked(policy, "the transformers adapter", planning.OFFERS | OFFERS)
+        self.policies = planning.checked(policy, "the transformers adapter", planning.TRANSFORMERS)
         self.sharing, self.ranks = found.sharing, found.ranks
         if static and self.ranks.size > 1:
             raise UnsupportedError(
@@ -129,7 +129,8 @@ class EvictionCache(Passes):
             )
         evicting = [layer for layer, plans in by_layer.items() if plans]
         needs = frozenset[str]().union(*(one.needs for one in self.policies))
-        weights = weights_of(compat.decoder_of(model), evicting, needs, alone=found.ranks.size == 1)
+        shapes = set(found.groups) == {torch.device("meta")}
+        weights = weights_of(compat.decoder_of(model), evicting, needs, alone=found.ranks.size == 1, shapes=shapes)
         self.skipped = {**found.skipped, **dict.fromkeys(alone, "left alone by the policy")}
         groups = [
             Group(

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvpolicy.adapters import planning
 from kvpolicy.errors import UnsupportedError
 from kvpolicy.view import LayerSpec
 
-__all__ = ["OFFERS", "Weights", "rotary_of", "weights_of"]
-
-OFFERS = frozenset({"output_projection", "rotary"})  #: what this adapter gives besides what every one gives
+__all__ = ["Weights", "rotary_of", "weights_of"]
 
 _NAMES = ("o_proj", "out_proj", "dense")  #: of output projections
 _FIXED = ("default", "linear", "llama3", "yarn")  #: kinds of rotary embedding whose frequencies never change
@@ -62,7 +61,9 @@ class Weights:
         return None if self.rotary is None else self.rotary.to(spec.device)
 
 
-def weights_of(decoder: nn.Module, layers: Sequence[int], needs: frozenset[str], *, alone: bool) -> Weights:
+def weights_of(
+    decoder: nn.Module, layers: Sequence[int], needs: frozenset[str], *, alone: bool, shapes: bool = False
+) -> Weights:
     """Return what policies need of a model's weights.
 
     Args:
@@ -70,11 +71,12 @@ def weights_of(decoder: nn.Module, layers: Sequence[int], needs: frozenset[str],
         layers: those that evict.
         needs: of the policies.
         alone: the model is not split over processes.
+        shapes: the model has no weights, and runs on torch's meta device: whether it could be bound is asked.
 
     Raises:
         UnsupportedError: the model does not have it in a form that is known here; the message says what.
     """
-    asked = needs & OFFERS
+    asked = needs & planning.WEIGHTS
     if not asked:
         return Weights({})
     name = type(decoder).__name__
@@ -94,12 +96,12 @@ def weights_of(decoder: nn.Module, layers: Sequence[int], needs: frozenset[str],
         )
     output = {}
     if "output_projection" in asked:
-        output = {layer: _output(attention[layer], f"layer {layer} of {name}") for layer in layers}
+        output = {layer: _output(attention[layer], f"layer {layer} of {name}", shapes) for layer in layers}
     rotary = rotary_of(decoder, [attention[layer] for layer in layers]) if "rotary" in asked else None
     return Weights(output, rotary)
 
 
-def _output(module: nn.Module, where: str) -> nn.Linear:
+def _output(module: nn.Module, where: str, shapes: bool) -> nn.Linear:
     """Return the output projection of an attention module."""
     found = next((one for name in _NAMES if isinstance(one := getattr(module, name, None), nn.Module)), None)
     why = None
@@ -107,7 +109,7 @@ def _output(module: nn.Module, where: str) -> nn.Linear:
         why = f"has none of {', '.join(_NAMES)}"
     elif type(found) is not nn.Linear or type(found.weight) is not nn.Parameter:
         why = f"is quantised or wrapped, a {type(found).__name__}: load the model without, or merge its adapters"
-    elif found.weight.is_meta:
+    elif found.weight.is_meta and not shapes:
         why = "waits elsewhere until it runs (offloading): give the model room on a device"
     else:
         asked = getattr(module, "q_proj", None)
@@ -139,13 +141,30 @@ def rotary_of(decoder: nn.Module, attention: Sequence[nn.Module]) -> Tensor:
         why = f"has rotary embeddings of the kind {kind!r}, whose frequencies are not fixed"
     elif "mrope_section" in repr(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
         why = "counts positions in several directions"
-    elif not all(_ROTATES.search(inspect.getsource(type(module).forward)) for module in attention):
+    elif not all(_ROTATES.search(_source(type(module))) for module in attention):
         why = "does not rotate queries and keys in every layer, or in a way of its own"
     else:
+        embeddings = [_with_numbers(embeddings[0])]
         why = _disagrees(embeddings[0], attention[0])
     if why is not None:
         raise UnsupportedError(f"the policy needs rotary, plain rotary embeddings of whole keys, and {name} {why}")
     return embeddings[0].inv_freq.detach().to(torch.float64)  # type: ignore[operator]
+
+
+def _source(kind: type[nn.Module]) -> str:
+    """Return the source of a module's ``forward``, nothing where it cannot be had: it was typed in, or compiled."""
+    try:
+        return inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return ""
+
+
+def _with_numbers(embedding: Any) -> Any:
+    """Return a rotary embedding whose frequencies can be read: of a model without weights, one made anew."""
+    if not embedding.inv_freq.is_meta:
+        return embedding
+    with torch.device("cpu"):
+        return type(embedding)(embedding.config)
 
 
 def _disagrees(embedding: Any, module: nn.Module) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import json
@@ -10,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvpolicy.adapters import planning
-from kvpolicy.allocators import PerLayer, Proportional, Pyramid
 from kvpolicy.errors import BindError, UnsupportedError, nearest
-from kvpolicy.grammar import parse_policy, with_arguments
+from kvpolicy.grammar import parse_policy, parse_with
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Policy
 
 __all__ = ["ADAPTER", "KEY", "Config", "followed", "insist_on_key", "planned"]
@@ -128,17 +126,13 @@ def followed(text: str, interval: int | None = None) -> tuple[EvictionPolicy, La
 
     Args:
         text: what ``parse_policy`` reads.
-        interval: in place of the policy's own; of a policy that is not made of stages, its recipe is asked.
+        interval: in place of the policy's own; see :func:`~kvpolicy.grammar.parse_with`.
 
     Raises:
         ParseError: it is not a policy, or a recipe that takes no interval.
         UnsupportedError: layers or heads have budgets of their own, or nothing is decoded between evictions.
     """
-    policy = parse_policy(text)
-    if interval is not None and isinstance(policy, Policy):
-        policy = dataclasses.replace(policy, interval=interval)
-    elif interval is not None:
-        policy = parse_policy(with_arguments(text, interval=interval))
+    policy = parse_policy(text) if interval is None else parse_with(text, interval=interval)
     return policy, planned(policy, text)
 
 
@@ -153,24 +147,14 @@ def planned(policy: EvictionPolicy, text: str) -> LayerPlan:
         UnsupportedError: layers or heads have budgets of their own, or nothing is decoded between evictions.
     """
     planning.checked(policy, ADAPTER)
-    headed = UnsupportedError(
-        f"{text!r} gives heads budgets of their own: vLLM has one block table for all heads of a layer; "
-        "write TopK(budget), or use kvpolicy.adapters.flash_attn.FlashCache"
-    )
     if "head_budgets" in policy.needs:
-        raise headed
-    layered = UnsupportedError(
-        f"{text!r} gives layers budgets of their own: vLLM has one block table for all layers of a group; "
-        "write TopK(budget)"
-    )
-    endless = UnsupportedError(
-        f"{text!r} evicts at the end of a turn only, so that a request would grow without end: "
-        f"write an interval, as in {_EXAMPLE}"
-    )
-    if isinstance(policy, Policy) and isinstance(policy.chain.selector.sharing(), PerLayer | Proportional | Pyramid):
-        raise layered
-    if isinstance(policy, Policy) and policy.interval is None:
-        raise endless
+        raise _headed(text)
+    if isinstance(policy, Policy):
+        sharing = policy.chain.selector.sharing()
+        if sharing is not None and sharing.layered:
+            raise _layered(text)
+        if policy.interval is None:
+            raise _endless(text)
     # How many layers there are is not known here: what plans them alike plans a few and many alike.
     counts = (2,) if isinstance(policy, Policy) else (1, 2, 96)
     plans = [(count, policy.plan(ModelSpec(count)).layers) for count in counts]
@@ -179,9 +163,30 @@ def planned(policy: EvictionPolicy, text: str) -> LayerPlan:
             raise BindError(f"{text!r} planned {len(layers)} layers, and was asked for {count}")
     first = plans[0][1][0]
     if first is None or any(layer != first for _, layers in plans for layer in layers):
-        raise layered
+        raise _layered(text)
     if first.head_wise:
-        raise headed
+        raise _headed(text)
     if first.interval is None:
-        raise endless
+        raise _endless(text)
     return first
+
+
+def _headed(text: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{text!r} gives heads budgets of their own: vLLM has one block table for all heads of a layer; "
+        "write TopK(budget), or use kvpolicy.adapters.flash_attn.FlashCache"
+    )
+
+
+def _layered(text: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{text!r} gives layers budgets of their own: vLLM has one block table for all layers of a group; "
+        "write TopK(budget)"
+    )
+
+
+def _endless(text: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{text!r} evicts at the end of a turn only, so that a request would grow without end: "
+        f"write an interval, as in {_EXAMPLE}"
+    )

@@ -16,7 +16,7 @@ import torch
 
 from kvpolicy.adapters.vllm.config import KEY, Config, followed, insist_on_key
 from kvpolicy.errors import BindError, BudgetError, KVPolicyError, UsageError, nearest
-from kvpolicy.grammar import parse_policy, with_arguments
+from kvpolicy.grammar import parse_policy, parse_with, with_arguments
 from kvpolicy.policy import EvictionPolicy, LayerPlan, Policy
 from kvpolicy.selectors import TopK
 from kvpolicy.view import LayerSpec
@@ -164,8 +164,12 @@ def _named(config: Config, name: str, budget: int | None) -> tuple[EvictionPolic
     policy = parse_policy(text)
     if not isinstance(policy, Policy):
         return followed(text)
-    recent = min(policy.recent, plan.recent)
-    return followed(dataclasses.replace(policy, interval=plan.interval, recent=recent).text(full=True))
+    policy = parse_with(text, interval=plan.interval)
+    assert isinstance(policy, Policy)
+    if policy.recent > plan.recent:
+        policy = parse_with(text, interval=plan.interval, recent=plan.recent)
+        assert isinstance(policy, Policy)
+    return followed(policy.text(full=True))
 
 
 def _with_budget(config: Config, budget: int) -> tuple[EvictionPolicy, LayerPlan]:

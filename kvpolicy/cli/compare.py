@@ -10,7 +10,8 @@ from rich.text import Text
 from transformers import DynamicCache
 
 from kvpolicy.cli.models import Loaded
-from kvpolicy.cli.running import Run, Sampling, held_bytes, run
+from kvpolicy.cli.running import Run, held_bytes, run
+from kvpolicy.generation import Sampling
 
 __all__ = ["Measured", "parting", "run_full", "table"]
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvpolicy.cli.errors import RunError
-from kvpolicy.cli.quiet import silent
+from kvpolicy.quiet import silent
 
 __all__ = ["convert"]
 

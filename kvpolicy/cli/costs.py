@@ -91,7 +91,7 @@ def costs_of(policy: Policy, shape: ModelShape, *, batch: int, tokens: int, max_
     for one, layer in zip(plan.layers, shape.layers, strict=True):
         if one is not None:
             if (one, layer) not in known:
-                known[one, layer] = eviction_cost(policy, one, layer) * batch
+                known[one, layer] = eviction_cost(policy, one, layer, hidden=shape.hidden) * batch
             eviction += known[one, layer]
     slots = [tokens if one is None else min(tokens, _held(one)) for one in plan.layers]
     return Costs(

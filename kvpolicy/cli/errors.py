@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpolicy.errors import IntegrityError, KVPolicyError
+from kvpolicy.errors import IntegrityError, KVPolicyError, one_line
 
 __all__ = ["CommandError", "RunError", "exit_code", "one_line"]
 
@@ -20,15 +20,3 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, RunError | IntegrityError):
         return 1
     return 2 if isinstance(error, KVPolicyError) else 1
-
-
-def one_line(error: BaseException | str, limit: int = 600) -> str:
-    """Return a message on one line, and its type where it says nothing.
-
-    >>> one_line("one   or more    spaces")
-    'one or more spaces'
-    """
-    text = " ".join(str(error).split())
-    if not text and isinstance(error, BaseException):
-        text = type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

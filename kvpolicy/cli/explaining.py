@@ -77,10 +77,10 @@ def explain(
     if as_json:
         print(json.dumps({**dataclasses.asdict(found), "model": None if costs is None else costs.data()}, indent=2))
         return
-    from kvpolicy.cli import explained
+    from kvpolicy.cli.blocks import blocks
 
     out = console.stdout()
-    for block in explained.blocks(policy.strip(), found, costs):
+    for block in blocks(policy.strip(), found, costs):
         out.print(block)
     if refused is not None:
         console.note("memory and cost are not told: the transformers adapter refuses this policy on this model")

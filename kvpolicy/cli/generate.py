@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +10,13 @@ import typer
 
 from kvpolicy.cli import console
 from kvpolicy.cli.errors import CommandError, RunError
-from kvpolicy.cli.prompt import encode, read_prompt
+from kvpolicy.cli.prompt import read_prompt
 
 if TYPE_CHECKING:
     from kvpolicy import EvictionPolicy
     from kvpolicy.cli.models import Loaded
-    from kvpolicy.cli.running import Run, Sampling
+    from kvpolicy.cli.running import Run
+    from kvpolicy.generation import Sampling
     from kvpolicy.receipt import Receipt
 
 __all__ = ["check_numbers", "chosen_policy", "generate", "load_model", "warn_if_idle", "warn_if_too_long"]
@@ -79,7 +79,7 @@ def generate(
     check_numbers(max_new_tokens, temperature, seed)
     loaded = load_model(model, dtype, device, exact=compare)
 
-    from kvpolicy.cli.running import Sampling
+    from kvpolicy.generation import Sampling, encode
 
     inputs = encode(loaded.tokenizer, text, chat=chat, system=system)
     sampling = Sampling(max_new_tokens, temperature, seed)
@@ -96,10 +96,8 @@ def generate(
 
 def chosen_policy(text: str, interval: str | None, recent: int | None) -> EvictionPolicy:
     """Return the policy, with what the options change about it."""
-    from kvpolicy import Policy, parse_policy
-    from kvpolicy.grammar import with_arguments
+    from kvpolicy.grammar import parse_with
 
-    policy = parse_policy(text)
     changes: dict[str, int | None] = {}
     if interval is not None:
         try:
@@ -108,9 +106,7 @@ def chosen_policy(text: str, interval: str | None, recent: int | None) -> Evicti
             raise CommandError(f"--interval {interval}: it is a whole number, or none") from error
     if recent is not None:
         changes["recent"] = recent
-    if isinstance(policy, Policy):
-        return dataclasses.replace(policy, **changes)  # type: ignore[arg-type]
-    return parse_policy(with_arguments(text, **changes)) if changes else policy
+    return parse_with(text, **changes)
 
 
 def load_model(name: str | None, dtype: str, device: str, *, exact: bool = False) -> Loaded:

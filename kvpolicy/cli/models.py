@@ -61,7 +61,7 @@ def load_tokenizer(name: str) -> Any:
         CommandError: there is no such model, or it has no tokenizer.
         RunError: the hub cannot be reached.
     """
-    from kvpolicy.cli.quiet import silent
+    from kvpolicy.quiet import silent
 
     source, options = source_of(name)
     try:
@@ -74,7 +74,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Loaded:
-    from kvpolicy.cli.quiet import quiet, silent
+    from kvpolicy.quiet import quiet, silent
 
     # A download may take minutes: its progress bars stay.
     with silent() if options["local_files_only"] else quiet():

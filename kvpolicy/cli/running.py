@@ -11,37 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
-from kvpolicy.adapters.hf.compat import CACHE_ARGUMENT
 from kvpolicy.cli.errors import RunError, one_line
-from kvpolicy.cli.quiet import quiet
+from kvpolicy.generation import Sampling, generated
 
 if TYPE_CHECKING:
     from kvpolicy.cli.models import Loaded
 
-__all__ = ["Run", "Sampling", "evictions", "generated", "held_bytes", "run"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Say how many tokens are drawn, and how.
-
-    Attributes:
-        max_new_tokens: at most.
-        temperature: 0 takes the likeliest token.
-        seed: of the draws.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-
-    def arguments(self) -> dict[str, Any]:
-        """Return what ``generate`` takes."""
-        if self.temperature > 0:
-            how: dict[str, Any] = {"do_sample": True, "temperature": self.temperature}
-        else:
-            how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"max_new_tokens": self.max_new_tokens, "num_beams": 1, **how}
+__all__ = ["Run", "evictions", "held_bytes", "run"]
 
 
 @dataclass(frozen=True)
@@ -116,25 +92,6 @@ def run(loaded: Loaded, inputs: dict[str, Any], cache: Any, sampling: Sampling) 
         raise RunError(f"{loaded.model.device} has not enough memory for this run: {why}") from error
     times = meter.times or [start]
     return Run(tuple(meter.tokens), times[0] - start, times[-1] - times[0], meter.whole)
-
-
-def generated(model: Any, inputs: dict[str, Any], cache: Any, sampling: Sampling, **options: Any) -> torch.Tensor:
-    """Return the prompt's tokens and those that the model writes behind them, ``[1, T]``.
-
-    Modifies the cache, and torch's global random state.
-
-    Args:
-        model: of transformers.
-        inputs: what :func:`~kvpolicy.cli.prompt.encode` returned.
-        cache: any.
-        sampling: how many tokens, and how they are drawn.
-        options: more of what ``generate`` takes.
-    """
-    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    torch.manual_seed(sampling.seed)
-    with quiet(), torch.inference_mode():
-        found: torch.Tensor = model.generate(**on_device, **{CACHE_ARGUMENT: cache, **sampling.arguments()}, **options)
-    return found
 
 
 def evictions(cache: Any) -> int:

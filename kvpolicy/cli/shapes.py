@@ -10,9 +10,9 @@ import torch
 
 from kvpolicy.cli.errors import CommandError, one_line
 from kvpolicy.cli.models import source_of
-from kvpolicy.cli.quiet import silent
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.policy import EvictionPolicy
+from kvpolicy.quiet import silent
 from kvpolicy.view import LayerSpec
 
 __all__ = ["ModelShape", "read_shape"]
@@ -45,6 +45,12 @@ class ModelShape:
         """Return the KV heads of each layer that evicts, if that is one number."""
         heads = {layer.num_heads for layer in self.layers}
         return heads.pop() if len(heads) == 1 else None
+
+    @property
+    def hidden(self) -> int | None:
+        """Return how many numbers a layer's output has, if the configuration tells."""
+        found = getattr(self.model.config.get_text_config(decoder=True), "hidden_size", None)
+        return found if isinstance(found, int) else None
 
     def refusal(self, policy: EvictionPolicy, max_new_tokens: int) -> str | None:
         """Return why the transformers adapter cannot bind this model to a policy, or None where it can."""

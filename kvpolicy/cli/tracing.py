@@ -19,7 +19,7 @@ from kvpolicy.cli.generate import (
     warn_if_idle,
     warn_if_too_long,
 )
-from kvpolicy.cli.prompt import encode, read_prompt
+from kvpolicy.cli.prompt import read_prompt
 
 __all__ = ["trace"]
 
@@ -70,7 +70,8 @@ def trace(
     _check_files(html, json)
     loaded = load_model(model, dtype, device)
 
-    from kvpolicy.cli.running import Sampling, run
+    from kvpolicy.cli.running import run
+    from kvpolicy.generation import Sampling, encode
     from kvpolicy.tracing.cache import RecordingCache
     from kvpolicy.tracing.page import write_page
     from kvpolicy.tracing.recording import pieces_of, run_of

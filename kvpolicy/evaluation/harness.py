@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from kvpolicy import EvictionPolicy, Policy, _check, parse_policy
+from kvpolicy import EvictionPolicy, _check
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.adapters.hf.compat import CACHE_ARGUMENT
 from kvpolicy.errors import UnsupportedError, UsageError
 from kvpolicy.evaluation.scoring import score
-from kvpolicy.grammar import text_of, with_arguments
+from kvpolicy.grammar import parse_with, text_of
 
 __all__ = ["PolicyLM", "Tally"]
 
@@ -201,15 +201,12 @@ def _policy(text: str, interval: int | str | None, recent: int | str) -> Evictio
     """Return the policy, with what the options change about it."""
     if not isinstance(text, str) or not text:
         raise UsageError('there is no policy: write --model_args pretrained=...,policy="vase(256)"')
-    policy = parse_policy(text)
     changes: dict[str, Any] = {}
     if interval != OWN:
         changes["interval"] = None if interval in (None, "none") else interval
     if recent != OWN:
         changes["recent"] = recent
-    if isinstance(policy, Policy):
-        return dataclasses.replace(policy, **changes)
-    return parse_policy(with_arguments(text, **changes)) if changes else policy
+    return parse_with(text, **changes)
 
 
 register_model("kvpolicy")(PolicyLM)

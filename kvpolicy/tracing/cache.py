@@ -29,8 +29,9 @@ class Watched(Policy):
         super().__init__(policy.chain, interval=policy.interval, recent=policy.recent)
         object.__setattr__(self, "_show", show)
 
-    def _scored(self, view: View, state: State) -> Scores:
-        scores = super()._scored(view, state)
+    def scores(self, view: View, state: State) -> Scores:
+        """Return the policy's scores, shown."""
+        scores = super().scores(view, state)
         self._show(view, scores)  # type: ignore[attr-defined]
         return scores
 

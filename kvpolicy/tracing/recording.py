@@ -45,7 +45,7 @@ def trace(
 
     Raises:
         BindError: the policy cannot run on this model.
-        CommandError: the tokenizer has no such template.
+        UsageError: the tokenizer has no chat template, or it refuses the prompt.
 
     Example::
 
@@ -53,8 +53,7 @@ def trace(
         print(found.held().float().mean())
         write_page(found, "sea.html")
     """
-    from kvpolicy.cli.prompt import encode
-    from kvpolicy.cli.running import Sampling, generated
+    from kvpolicy.generation import Sampling, encode, generated
     from kvpolicy.tracing.cache import RecordingCache
 
     policy = parse_policy(policy) if isinstance(policy, str) else policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvpolicy import BindError, Policy, catalog
+from kvpolicy import Allocator, BindError, BudgetError, Policy, Recency, TopK, UnsupportedError, catalog
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.adapters.vllm import Config
+from kvpolicy.adapters.vllm.config import planned
 from kvpolicy.cli import default_model
+from kvpolicy.cli.costs import costs_of
 from kvpolicy.cli.shapes import read_shape
 from kvpolicy.explanation import explain
 from kvpolicy.footprint import footprint
@@ -97,6 +100,61 @@ def test_refusals_are_those_of_the_adapters(text: str) -> None:
         Config(Policy.parse(text).text(full=True))
     assert engines["vLLM"].why == str(refused.value)
     assert ("max_new_tokens" in engines["FlashCache"].why) == (Policy.parse(text).interval is None)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Listed(Allocator):
+    """Be an allocator of another package's, which names its layers."""
+
+    budget: int
+    layers_named = 5
+
+    def budgets(self, num_layers: int, recent: int) -> tuple[int, ...]:
+        if num_layers != self.layers_named:
+            raise BudgetError(f"named 5 layers, and the model has {num_layers}")
+        return (self.budget,) * num_layers
+
+
+@pytest.mark.parametrize(
+    ("policy", "layers"),
+    [
+        (Policy.parse("cake(1024, preferences=(2.0, 1.0, 1.0))"), 3),
+        (Policy.parse("duo_attention(2048, ((True, False), (False, False)))"), 2),
+        (Policy.parse("Recency() >> TopK(PerHead((512, 256)))"), 32),
+        (Policy(Recency() >> TopK(Listed(512))), 5),
+    ],
+)
+def test_a_policy_that_names_layers_is_explained_for_as_many(policy: Policy, layers: int) -> None:
+    assert len(explain(policy).layers) == layers
+    with pytest.raises(UnsupportedError, match="budgets of their own"):
+        planned(policy, repr(policy))
+
+
+def test_transformers_is_said_to_follow_what_it_binds() -> None:
+    model = tiny_model("llama")
+    for one in catalog.policies():
+        text = f"{one.name}(1024)" if one.name != "duo_attention" else f"duo_attention(1024, {((True, False),) * 3})"
+        policy = Policy.parse(text)
+        with EvictionCache(model, policy, max_new_tokens=8):
+            pass
+        engines = {engine.name: engine for engine in explain(policy, num_layers=3, num_heads=2).engines}
+        assert engines["transformers"].follows, engines["transformers"].why
+        reads_weights = policy.needs & {"output_projection", "rotary"}
+        assert not (reads_weights and (engines["vLLM"].follows or engines["FlashCache"].follows))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "minicpm3"])
+def test_a_model_without_weights_is_refused_as_with_them(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    for text in ("criticalkv(256)", "expected_attention(256)"):
+        said = shape.refusal(Policy.parse(text), 8)
+        assert said == dataclasses.replace(shape, model=model).refusal(Policy.parse(text), 8)
+        assert (said is None) == (family != "minicpm3")
+        if said is None:
+            costs = costs_of(Policy.parse(text), shape, batch=1, tokens=1000, max_new_tokens=8)
+            assert costs.eviction.flops > 0
 
 
 def test_what_no_engine_can_give_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

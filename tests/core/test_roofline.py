@@ -64,6 +64,26 @@ def test_a_number_of_a_token_is_read_from_new_tokens_alone() -> None:
     assert found == Cost(PLACES + moved + SLOTS * 4 + H * EVERY * PAIR, moved + ORDER + SLOTS * 4, 0)
 
 
+@pytest.mark.parametrize("hidden", [None, 40])
+def test_a_policy_that_projects_values_reads_the_projection(hidden: int | None) -> None:
+    window, wide = 12, hidden or HQ * D
+    policy = small("criticalkv", window=window)
+    [plan] = policy.plan(ModelSpec(1)).layers
+    assert plan is not None
+    found = eviction_cost(policy, plan, LAYER, hidden=hidden)
+    moved = H * EVERY * (PAIR + POSITION + 4)
+    attended = SLOTS * D * 2 + HQ * window * D * 2
+    projected = H * EVERY * D * 2 + wide * HQ * D * 2
+    products = 2 * HQ * window * (BUDGET + EVERY) * D + SLOTS * HQ // H * window * 2 + 2 * HQ * EVERY * D * wide
+    assert found == Cost(PLACES + moved + SLOTS * 4 + attended + projected, moved + ORDER + SLOTS * 4, products)
+
+
+def test_expected_attention_reads_keys_and_queries() -> None:
+    found = cost(small("expected_attention", window=12, recent=12))
+    assert found.read > PLACES + SLOTS * D * 2 + HQ * 12 * D * 2
+    assert found.flops == 2 * HQ * 13 * (BUDGET + EVERY) * D  # twelve queries, and their mean
+
+
 def test_a_key_counts_once_however_many_stages_read_it() -> None:
     one = Policy(KeyDifference() >> TopK(BUDGET), interval=EVERY, recent=10)
     two = Policy(KeyDifference() + KeyDifference() >> TopK(BUDGET), interval=EVERY, recent=10)
@@ -79,8 +99,19 @@ def test_heads_that_differ_count_as_their_mean(allocator: Any) -> None:
 
 def test_every_recipe_has_a_cost() -> None:
     for name in policies.__all__:
-        policy = getattr(policies, name)(256)
-        assert cost(policy).read > 0, name
+        given: dict[str, Any] = {"retrieval": ((True, False),)} if name == "duo_attention" else {}
+        policy = getattr(policies, name)(512, **given)
+        [plan] = policy.plan(ModelSpec(1, EVERY)).layers
+        assert plan is not None
+        grown, heads = plan.capacity - plan.budget, plan.heads or (plan.budget,)
+        budget = sum(heads) // len(heads)
+        found, slots = cost(policy), H * (budget + grown)
+        moved = H * min(grown, budget) * (PAIR + POSITION)
+        assert found.read >= slots * 8 + moved, name
+        assert found.written >= moved + H * budget * 4, name
+        if "queries" in policy.needs:
+            assert found.read >= slots * (8 + D * 2) + moved, name  # every key
+            assert found.flops >= 2 * HQ * D * (budget + grown), name  # by one query a head, at least
 
 
 def test_latents_are_asked_by_longer_queries() -> None:

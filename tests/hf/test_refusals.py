@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from kvpolicy import UnsupportedError
+from kvpolicy import UnsupportedError, policies
 from kvpolicy.adapters.hf import EvictionCache
 from tests.families import DEEPSEEK, SMALL
 from tests.hf.zoo import zoo
@@ -175,3 +175,12 @@ def test_another_kind_of_cache_beside_ours() -> None:
             with pytest.raises(ValueError, match="cache_implementation"):
                 model.generate(ids, past_key_values=cache, cache_implementation=kind, max_new_tokens=4)
         assert cache.num_requests == 0
+
+
+def test_a_model_whose_source_cannot_be_read_is_refused_where_it_is_needed() -> None:
+    model, names = tiny("llama"), {"torch": torch}
+    exec("def forward(self, *args, **kwargs):\n    raise NotImplementedError", names)
+    attention = model.model.layers[1].self_attn
+    attention.__class__ = type("Typed", (type(attention),), {"forward": names["forward"]})
+    with pytest.raises(UnsupportedError, match=r"in a way of its own"):
+        EvictionCache(model, policies.expected_attention(24, interval=8, recent=8))

@@ -145,6 +145,7 @@ def test_off_has_no_room_where_prompts_are_bounded() -> None:
         ({"policy": POLICY, "window": 8}, BindError, "asks for 64 queries"),
         ("snapkv(64, interval=None)", UnsupportedError, "write an interval"),
         ("KeyNorm() >> TopK(PerLayer((64, None, 128)))", UnsupportedError, "layers budgets of their own"),
+        ("KeyNorm() >> TopK(Proportional(512, (2.0, 1.0, 1.0)))", UnsupportedError, "layers budgets of their own"),
     ],
 )
 def test_what_an_engine_cannot_be_asked_for(given: Any, error: type[Exception], message: str) -> None:

@@ -15,7 +15,7 @@ from kvpolicy.receipt import size
 
 if TYPE_CHECKING:
     from kvpolicy.cli.costs import Costs
-    from kvpolicy.explanation import Engine, Explained, Explanation, Guarded
+    from kvpolicy.explanation import Engine, Explanation, Guarded, Node
 
 __all__ = ["blocks"]
 
@@ -62,7 +62,7 @@ def _lines(rows: Iterable[Sequence[str]]) -> Padding:
     return Padding(table, (0, 0, 0, 2))
 
 
-def _chain(stages: Sequence[Explained]) -> Iterator[Block]:
+def _chain(stages: Sequence[Node]) -> Iterator[Block]:
     for one in stages:
         left = 2 + 2 * one.depth
         line = Text.assemble((one.name, "bold"), f"  {one.role}: {one.sentence}")
