@@ -52,13 +52,13 @@ class ValueGuard(TokenNumber, Transform):
         _check.choice(self, "norm", self.norm, get_args(Norm))
         _check.integer(self, "sinks", self.sinks, 0)
 
-    def reserved(self, budget: int) -> int:
+    def reserved(self, budget: int, recent: int) -> int:
         """Return the share of the budget, rounded down."""
         return math.floor(budget * self.share + 1e-9)
 
-    def reserved_first(self, budget: int) -> int:
+    def reserved_first(self, budget: int, recent: int) -> int:
         """Return the sinks, as far as they fit into the share."""
-        return min(self.sinks, self.reserved(budget))
+        return min(self.sinks, self.reserved(budget, recent))
 
     def number(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the magnitude of each value."""
@@ -73,7 +73,7 @@ class ValueGuard(TokenNumber, Transform):
         values = torch.where(sinks, torch.inf, self.numbers(state))
         key = torch.where(candidates, order_key(values, view.positions), -1)
         count = torch.minimum(count, candidates.sum(-1))
-        slots, chosen = top(key, count, self.reserved(view.max_budget))
+        slots, chosen = top(key, count, self.reserved(view.max_budget, view.recent))
         large = mask_of(slots, chosen, size)
         return scores.guard(large, Tier.VALUE).guard(large & sinks, Tier.SINK)
 
@@ -97,11 +97,11 @@ class Sinks(Transform):
     def __post_init__(self) -> None:
         _check.integer(self, "n", self.n, 0)
 
-    def reserved(self, budget: int) -> int:
+    def reserved(self, budget: int, recent: int) -> int:
         """Return ``n``."""
         return self.n
 
-    def reserved_first(self, budget: int) -> int:
+    def reserved_first(self, budget: int, recent: int) -> int:
         """Return ``n``: all of them."""
         return self.n
 
@@ -132,13 +132,13 @@ class Prompt(Transform):
     def __post_init__(self) -> None:
         _check.number(self, "share", self.share, 0, 1, above=True)
 
-    def reserved(self, budget: int) -> int:
+    def reserved(self, budget: int, recent: int) -> int:
         """Return the share of the budget, rounded down, which a prompt may fill."""
         return math.floor(budget * self.share + 1e-9)
 
-    def reserved_first(self, budget: int) -> int:
+    def reserved_first(self, budget: int, recent: int) -> int:
         """Return the first end of a long prompt."""
-        return self.reserved(budget) - self.reserved(budget) // 2
+        return self.reserved(budget, recent) - self.reserved(budget, recent) // 2
 
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores with the prompt, or its two ends, protected."""

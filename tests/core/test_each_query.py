@@ -121,7 +121,7 @@ def test_output_errors_of_a_token_that_has_nearly_all() -> None:
 
 def test_a_guard_of_scores_leaves_out_what_is_guarded() -> None:
     scores = Sinks(2).apply(Scores.of(VIEW, torch.arange(S).expand(B, H, S).flip(-1), weights=True), VIEW, None)
-    tiers = ScoreGuard(0.25).apply(scores, VIEW, None).tier[0, 0].tolist()
+    tiers = ScoreGuard(0.5).apply(scores, VIEW, None).tier[0, 0].tolist()
     assert tiers == [Tier.SINK] * 2 + [Tier.VALUE] * 3 + [Tier.CANDIDATE] * 13 + [Tier.RECENT] * 6
 
 
