@@ -27,12 +27,13 @@ class ExpectedAttention(TokenNumber, Scorer):
     newest ones, and rotated by the mean rotation of the next ``future`` positions. The expected logit is
     ``mean·k + k·covariance·k / 2``, scaled as the model does; its softmax runs over every slot but the
     first ``sinks``, and the mean over the query heads of the group is multiplied by the Euclidean norm of the value.
+    The first ``sinks`` tokens take no part, nor do their queries: they score as high as any other token of the head.
     A cap on logits, or a sink logit, is left out.
 
     Args:
         window: how many of the newest queries are asked for mean and covariance.
         future: positions to come.
-        sinks: first tokens, which take no part and score 0, nor do their queries.
+        sinks: first tokens, which take no part.
         covariance: use the covariance, or the mean alone.
         epsilon: added to the probability before it is multiplied.
 
@@ -87,7 +88,8 @@ class ExpectedAttention(TokenNumber, Scorer):
                 shares[at] += torch.softmax(torch.where(inside[at], logits, -1e30), -1)
         expected = torch.where(inside, shares / mean.shape[1], 0).view(b, h, s)
         inside = inside.view(b, h, s)
-        return Scores.of(view, torch.where(inside, (expected + self.epsilon) * self.numbers(state), 0), weights=True)
+        found = torch.where(inside, (expected + self.epsilon) * self.numbers(state), 0)
+        return Scores.of(view, torch.where(inside, found, found.amax(-1, keepdim=True)), weights=True)
 
     def _turn(self, view: View, positions: Tensor) -> Tensor:
         """Return what turns each query from its position to those to come, ``[B, W, D / 2]`` complex, on average."""

@@ -93,5 +93,5 @@ def test_what_recipes_guard() -> None:
     assert policies.criticalkv(1024).guarded(1024) == (480, 480)
     assert policies.nacl(1024).guarded(1024) == (614 + 10, 614 + 10)
     assert policies.defensivekv(1024).guarded(1024) == (0, 992)
-    with pytest.raises(BudgetError, match="write a share of at most 0.9"):
+    with pytest.raises(BudgetError, match=r"write a share of at most 0\.9"):
         policies.nacl(100, share=0.95, recent=10)

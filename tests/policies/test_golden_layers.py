@@ -13,7 +13,17 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 
-from kvpolicy import BudgetError, LagRelative, ModelSpec, ParameterError, Policy, View, policies
+from kvpolicy import (
+    BudgetError,
+    ExpectedAttention,
+    LagRelative,
+    ModelSpec,
+    ParameterError,
+    Policy,
+    TopK,
+    View,
+    policies,
+)
 from kvpolicy.testing import make_view
 from kvpolicy.testing.views import RowSpec, with_state
 
@@ -364,7 +374,7 @@ def expected_attention_of(view: View, row: int, head: int, *, window: int, futur
         shares = [a + x / sum(powers) / group for a, x in zip(shares, powers, strict=True)]
     norms = [math.sqrt(dot(v, v)) for v in (view.values[row, head, s].tolist() for s in slots)]
     found = {int(view.positions[row, head, s]): a * n for s, a, n in zip(slots, shares, norms, strict=True)}
-    return {**dict.fromkeys(range(sinks), 0.0), **found}
+    return {**dict.fromkeys(range(sinks), max(found.values())), **found}
 
 
 @pytest.mark.parametrize("prompt", [True, False])
@@ -381,7 +391,7 @@ def test_expected_attention(prompt: bool) -> None:
     if prompt:  # the numbers themselves, where the state is that of the whole view
         state = policy.chain.scorer.update(view, with_state(policy, view)[0])
         found = policy.chain.scorer.score(view, state).values
-        for s in held(view, 0, 1):
+        for s in held(view, 0, 1):  # the first tokens among them
             assert float(found[0, 1, s]) == pytest.approx(numbers[0][1][int(view.positions[0, 1, s])], rel=1e-5)
     assert kept(policy, view) == expected_sets(view, numbers, 11, 2)
 
@@ -390,3 +400,9 @@ def test_expected_attention(prompt: bool) -> None:
 def test_duo_attention_refuses_what_is_no_split(split: object) -> None:
     with pytest.raises(ParameterError, match="a row of booleans for each layer"):
         policies.duo_attention(1024, split)
+
+
+def test_expected_attention_keeps_the_first_tokens_that_it_leaves_out() -> None:
+    """Without any guard they are not the first to go."""
+    policy = Policy(ExpectedAttention(6, 5, sinks=2) >> TopK(7), recent=3)
+    assert all({0, 1} <= head for row in kept(policy, some_view(policy, tokens=17)) for head in row)
