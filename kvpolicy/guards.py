@@ -11,17 +11,12 @@ from torch import Tensor
 
 from kvpolicy import _check
 from kvpolicy.scorers.tokens import Norm, magnitude
-from kvpolicy.scores import Scores, Tier, mask_of, order_key, top
+from kvpolicy.scores import Scores, Tier, mask_of, order_key, part, top
 from kvpolicy.stage import Transform
 from kvpolicy.token_number import TokenNumber
 from kvpolicy.view import StageState, View
 
 __all__ = ["Prompt", "Sinks", "ValueGuard"]
-
-
-def part(budget: Tensor, share: float) -> Tensor:
-    """Return ``floor(share * budget)``; computed in float64, where 0.29 * 100 is told from 29."""
-    return torch.floor(budget.to(torch.float64) * share + 1e-9).to(torch.int64)
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 
 from kvpolicy import _check
-from kvpolicy.guards import part
 from kvpolicy.scorers.attention import Attention
-from kvpolicy.scores import Scores, Tier, mask_of, order_key, top
+from kvpolicy.scores import Scores, Tier, mask_of, order_key, part, top
 from kvpolicy.stage import Transform
 from kvpolicy.view import StageState, View
 

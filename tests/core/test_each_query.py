@@ -71,6 +71,17 @@ def test_equal_tokens_have_uniform_attention_whatever_rounding_says() -> None:
     assert (score(LastAttended(W), view).values == S - 1).all()
 
 
+def test_a_share_is_that_many_however_sharp_a_query_is() -> None:
+    """All but one token get 0: the more recent ones of these fill the share."""
+    sharp = dataclasses.replace(VIEW, queries=QUERIES * 1e4)
+    *_, (at, paid, seen, now) = each_query(sharp, QUERIES * 1e4, sharp.query_positions)
+    assert (paid == 0).sum(-1).min() > S // 2
+    found = LastAttended(share=0.5).attended(paid, seen, VIEW.positions.flatten(0, 1)[at])
+    assert torch.equal(found.sum(-1), (now + 1) // 2)
+    zero = found & (paid == 0)
+    assert (torch.where(zero, torch.arange(S), S).amin(-1) >= now - S // 2).all()
+
+
 def test_scores_decay_at_an_eviction_of_their_row_alone() -> None:
     stage = DecayedAttention(W, 0.5)
     half = stage.update(VIEW, stage.init(SPEC, B))
