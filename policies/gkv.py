@@ -14,7 +14,7 @@ def gkv(
     decay: float = 0.8,
     importance: float = 0.5,
     window: int = 16,
-    interval: int = 128,
+    interval: int | None = 128,
 ) -> Policy:
     """Return G-KV: keep what was attended to at this eviction or an earlier one, and repeats others least.
 

@@ -8,7 +8,9 @@ from kvpolicy import Attention, Policy, Redundancy, TopK
 __all__ = ["rkv"]
 
 
-def rkv(budget: int, *, importance: float = 0.5, window: int = 64, interval: int = 64, recent: int = 64) -> Policy:
+def rkv(
+    budget: int, *, importance: float = 0.5, window: int = 64, interval: int | None = 64, recent: int = 64
+) -> Policy:
     """Return R-KV: mix the attention a token receives with how little its key repeats others.
 
     The form that VaSE's authors ran, and a later replication found 7 to 9 points stronger on
