@@ -1,4 +1,4 @@
-"""Every recipe takes every interval, and none: what it derives of one follows."""
+"""What recipes take and refuse: every interval and none, weights from 0 to 1."""
 
 from __future__ import annotations
 
@@ -25,5 +25,15 @@ def test_any_interval_is_planned(name: str, interval: int | None) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("interval", [0, "64"])
 def test_what_is_no_interval_is_refused(name: str, interval: object) -> None:
-    with pytest.raises(ParameterError, match="Policy.*interval"):
+    with pytest.raises(ParameterError, match=r"Policy.*interval"):
         getattr(policies, name)(1024, interval=interval)
+
+
+@pytest.mark.parametrize("name", ["gkv", "rkv"])
+@pytest.mark.parametrize("importance", [2.0, -1, "half"])
+def test_an_importance_beyond_all_is_refused(name: str, importance: object) -> None:
+    """Redundancy would have a weight below 0: what repeats others would stay."""
+    with pytest.raises(ParameterError, match=rf"{name}\(importance="):
+        getattr(policies, name)(64, importance=importance)
+    for whole in (0, 1):
+        getattr(policies, name)(1024, importance=whole).plan(ModelSpec(2))
