@@ -10,12 +10,12 @@ from torch._dynamo.testing import CompileCounter
 
 from kvpolicy import (
     CompositionError,
-    KeyNorm,
     LagRelative,
     LayerSpec,
     OutputNorm,
     OutputProjection,
     Policy,
+    Recency,
     TopK,
     policies,
 )

@@ -9,9 +9,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy import (
     BudgetError,
@@ -406,3 +408,31 @@ def test_expected_attention_keeps_the_first_tokens_that_it_leaves_out() -> None:
     """Without any guard they are not the first to go."""
     policy = Policy(ExpectedAttention(6, 5, sinks=2) >> TopK(7), recent=3)
     assert all({0, 1} <= head for row in kept(policy, some_view(policy, tokens=17)) for head in row)
+
+
+class Largest(TorchDispatchMode):
+    """Note the largest tensor that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, torch.Tensor) and not func.is_view:
+                self.size = max(self.size, one.numel() * one.element_size())
+        return out
+
+
+def test_expected_attention_keeps_to_the_workspace() -> None:
+    """Queries are turned some heads at a time: nobody holds all of them in float64."""
+    policy = policies.expected_attention(11, window=32, future=300, sinks=2, recent=3)
+    rows = (RowSpec(40, 0, 40, 11),) * 6
+    options = {"window": 32, "recent": 3, "heads": 4, "group": 2, "head_dim": 16, "value_dim": 4, "generator": 5}
+    view = dataclasses.replace(make_view(rows=rows, dtype=torch.float32, **options), workspace=2**16)
+    scorer = policy.chain.scorer
+    state = scorer.update(view, with_state(policy, view)[0])
+    with Largest() as watch:
+        found = scorer.score(view, state)
+    assert watch.size <= 2**16 // 4
+    whole = scorer.score(dataclasses.replace(view, workspace=2**28), state)
+    torch.testing.assert_close(found.values, whole.values)
