@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpolicy import _check
-from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.errors import BudgetError
 from kvpolicy.probabilities import received
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Scorer
@@ -52,9 +52,7 @@ class Attention(Scorer):
 
     def __post_init__(self) -> None:
         _check.integer(self, "window", self.window, 1)
-        _check.integer(self, "pool", self.pool, 1)
-        if self.pool % 2 == 0:
-            raise ParameterError(f"Attention(pool={self.pool}): pool must be odd, such as {self.pool + 1}")
+        _check.odd(self, "pool", self.pool)
         _check.choice(self, "reduce", self.reduce, ("mean", "max"))
         _check.choice(self, "over", self.over, ("candidates", "all"))
         _check.number(self, "temperature", self.temperature, 0, above=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpolicy import _check, noise
 from kvpolicy.each_query import each_query, uncounted
-from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.errors import BudgetError
 from kvpolicy.scorers.attention import Attention
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Scorer
@@ -53,9 +53,7 @@ class DecayedAttention(Scorer):
     def __post_init__(self) -> None:
         _check.number(self, "decay", self.decay, 0, 1)
         _check.integer(self, "window", self.window, 1)
-        _check.integer(self, "pool", self.pool, 1)
-        if self.pool % 2 == 0:
-            raise ParameterError(f"DecayedAttention(pool={self.pool}): pool must be odd, such as {self.pool + 1}")
+        _check.odd(self, "pool", self.pool)
         _check.choice(self, "reduce", self.reduce, ("mean", "max"))
         _check.choice(self, "over", self.over, ("candidates", "all"))
 
@@ -161,7 +159,7 @@ class PerturbedAttention(Scorer):
 
         added = torch.zeros(b * h, s, dtype=view.compute_dtype, device=asked.device)
         for at, paid, _, _ in each_query(view, queries, asked, noise=drawn, temperature=temperature):
-            added[at] += paid.sum(1)
+            added[at] += paid.mean(1).sum(1)
         return StageState((state.slots[0] + added.view(b, h, s).to(torch.float32),))
 
     def score(self, view: View, state: StageState | None) -> Scores:

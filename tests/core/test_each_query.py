@@ -35,14 +35,29 @@ from tests.core.views import view_of
 @pytest.mark.parametrize("workspace", [2**20, 9216], ids=["one block", "blocks of two queries"])
 def test_probabilities_of_each_query(extra: dict[str, object], workspace: int) -> None:
     view = dataclasses.replace(VIEW, workspace=workspace, **extra)
-    expected = probabilities(view, view.valid).mean(2).flatten(0, 1)
-    found, times = [torch.zeros(0, S)] * (B * H), [torch.zeros(0)] * (B * H)
+    expected = probabilities(view, view.valid).flatten(0, 1)
+    found, times = [torch.zeros(G, 0, S)] * (B * H), [torch.zeros(0)] * (B * H)
     for at, paid, seen, now in each_query(view, QUERIES, view.query_positions):
         assert torch.equal(seen, torch.arange(S) <= now[..., None])
         for row, pair in enumerate(range(B * H)[at]):
-            found[pair], times[pair] = torch.cat([found[pair], paid[row]]), torch.cat([times[pair], now[row]])
+            found[pair], times[pair] = torch.cat([found[pair], paid[row]], 1), torch.cat([times[pair], now[row]])
     assert torch.allclose(torch.stack(found).double(), expected)
     assert times[0].tolist() == list(range(S - W, S))
+    members: dict[int, list[torch.Tensor]] = {}
+    for at, paid, _, now in each_query(view, QUERIES, view.query_positions, whole=True):
+        assert now.shape[1] == W
+        for row, pair in enumerate(range(B * H)[at]):
+            members.setdefault(pair, []).append(paid[row, 0])
+    assert torch.allclose(torch.stack([torch.stack(members[pair]) for pair in range(B * H)]).double(), expected)
+
+
+def test_blocks_hold_the_keys_that_they_convert_and_what_is_made_of_them() -> None:
+    view = dataclasses.replace(VIEW, workspace=8 * (S * 8 * 8 + G * S * 8))
+    one = view.queries[:, :, -1:], view.query_positions[:, -1:]
+    assert [at.stop - at.start for at, *_ in each_query(view, *one)] == [1] * (B * H)
+    wide = dataclasses.replace(view, workspace=2 * view.workspace)
+    assert [at.stop - at.start for at, *_ in each_query(wide, *one)] == [2] * (B * H // 2)
+    assert [at.stop - at.start for at, *_ in each_query(wide, *one, further=64)] == [1] * (B * H)
 
 
 def test_only_queries_that_were_not_counted_are_named() -> None:
@@ -75,10 +90,10 @@ def test_a_share_is_that_many_however_sharp_a_query_is() -> None:
     """All but one token get 0: the more recent ones of these fill the share."""
     sharp = dataclasses.replace(VIEW, queries=QUERIES * 1e4)
     *_, (at, paid, seen, now) = each_query(sharp, QUERIES * 1e4, sharp.query_positions)
-    assert (paid == 0).sum(-1).min() > S // 2
-    found = LastAttended(share=0.5).attended(paid, seen, VIEW.positions.flatten(0, 1)[at])
+    assert (paid.mean(1) == 0).sum(-1).min() > S // 2
+    found = LastAttended(share=0.5).attended(paid.mean(1), seen, VIEW.positions.flatten(0, 1)[at])
     assert torch.equal(found.sum(-1), (now + 1) // 2)
-    zero = found & (paid == 0)
+    zero = found & (paid.mean(1) == 0)
     assert (torch.where(zero, torch.arange(S), S).amin(-1) >= now - S // 2).all()
 
 

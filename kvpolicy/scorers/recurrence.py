@@ -47,6 +47,11 @@ class _Attended(Scorer):
         """Return the window."""
         return self.window
 
+    @property
+    def _further(self) -> int:
+        """Return how many bytes are made of each probability: keys of 64 bits, and their order."""
+        return 0 if self.share is None else 24
+
     def attended(self, paid: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
         """Return which slots each query attends to, of ``[n, w, S]`` probabilities and slots that it sees.
 
@@ -106,8 +111,8 @@ class AttentionCount(_Attended):
         queries, positions = newest(view, self.window)
         b, h, s = view.shape
         low, places = torch.zeros(b * h, s, device=view.positions.device), view.positions.flatten(0, 1)
-        for at, paid, seen, _ in each_query(view, queries, positions):
-            low[at] += (seen & ~self.attended(paid, seen, places[at])).sum(1)
+        for at, paid, seen, _ in each_query(view, queries, positions, further=self._further):
+            low[at] += (seen & ~self.attended(paid.mean(1), seen, places[at])).sum(1)
         asked = (positions >= 0).sum(-1)[:, None, None]
         return Scores.of(view, asked - low.view(b, h, s), weights=True)
 
@@ -147,8 +152,8 @@ class LastAttended(_EveryQuery):
         assert state is not None
         queries, positions = uncounted(view, self.window)
         times, places = state.slots[0].flatten(0, 1).clone(), view.positions.flatten(0, 1)
-        for at, paid, seen, now in each_query(view, queries, positions):
-            attended = self.attended(paid, seen, places[at])
+        for at, paid, seen, now in each_query(view, queries, positions, further=self._further):
+            attended = self.attended(paid.mean(1), seen, places[at])
             times[at] = torch.maximum(times[at], torch.where(attended, now[..., None], 0).amax(1))
         return StageState((times.view(view.shape),))
 
@@ -202,8 +207,8 @@ class Recurrence(_EveryQuery):
         held = torch.where(view.valid & (state.slots[0] == 0), began, state.slots[0]).to(torch.int32)
         times, pauses = held.flatten(0, 1).clone(), state.slots[1].flatten(0, 1).clone()
         places = view.positions.flatten(0, 1)
-        for at, paid, seen, now in each_query(view, queries, positions):
-            moments = torch.where(self.attended(paid, seen, places[at]), now[..., None] + 2, 0)
+        for at, paid, seen, now in each_query(view, queries, positions, further=self._further):
+            moments = torch.where(self.attended(paid.mean(1), seen, places[at]), now[..., None] + 2, 0)
             latest = torch.cat([times[at, None], moments], 1).cummax(1).values
             pause = torch.where(moments > 0, moments - latest[:, :-1], 0).amax(1)
             pauses[at] = torch.maximum(pauses[at], pause)
