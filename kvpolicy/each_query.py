@@ -10,23 +10,10 @@ from torch import Tensor
 from kvpolicy.tiles import LOG2_E, logits_, pieces
 from kvpolicy.view import View
 
-__all__ = ["each_query", "uncounted"]
+__all__ = ["each_query"]
 
 _MASKED = -1e30  #: finite, so that a query which sees nothing gives a number and not nan
 _CPU_BLOCK = 4 * 2**20  #: bytes of logits that a core's caches like, as in ``probabilities``
-
-
-def uncounted(view: View, window: int) -> tuple[Tensor, Tensor]:
-    """Return the newest ``window`` queries, and the positions of those that are new since the row was last seen.
-
-    Returns:
-        ``[B, Hq, window, D]``, and ``[B, window]``, -1 where a query is absent or was counted before.
-    """
-    assert view.queries is not None
-    assert view.query_positions is not None
-    positions = view.query_positions[:, -window:]
-    first = view.seen - (view.fresh >= 0).sum(-1)[:, 0]
-    return view.queries[:, :, -window:], torch.where(positions >= first[:, None], positions, -1)
 
 
 def each_query(

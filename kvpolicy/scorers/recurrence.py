@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy import _check
-from kvpolicy.each_query import each_query, uncounted
-from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.each_query import each_query
+from kvpolicy.errors import ParameterError
 from kvpolicy.scorers.attention import newest
+from kvpolicy.scorers.every_query import EveryQuery, uncounted
 from kvpolicy.scores import Scores, order_key, part
 from kvpolicy.stage import Scorer
 from kvpolicy.view import LayerSpec, StageState, View
@@ -67,23 +68,6 @@ class _Attended(Scorer):
 
 
 @dataclass(frozen=True, repr=False)
-class _EveryQuery(_Attended):
-    """Count every query once, as :class:`AccumulatedAttention` does."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "every_query"})
-
-    def queries_read(self, interval: int | None) -> int:
-        """Return the window."""
-        if interval is not None and interval > self.window:
-            name = type(self).__name__
-            raise BudgetError(
-                f"{self!r} counts every query, and its window holds {self.window} of the {interval} of an interval; "
-                f"write {name}(window={interval}), or interval={self.window}"
-            )
-        return self.window
-
-
-@dataclass(frozen=True, repr=False)
 class AttentionCount(_Attended):
     """Score a token by how many of the newest queries did not find it unimportant.
 
@@ -118,7 +102,7 @@ class AttentionCount(_Attended):
 
 
 @dataclass(frozen=True, repr=False)
-class LastAttended(_EveryQuery):
+class LastAttended(EveryQuery, _Attended):
     """Score a token by the time when it was last attended to: least recently used leaves first.
 
     Time is counted in positions, and a token counts as attended to when it comes. Every query is
@@ -164,7 +148,7 @@ class LastAttended(_EveryQuery):
 
 
 @dataclass(frozen=True, repr=False)
-class Recurrence(_EveryQuery):
+class Recurrence(EveryQuery, _Attended):
     """Score a token by how likely it is attended to again, given the longest pause it has made so far.
 
     With ``age`` the tokens since it was last attended to, and ``pause`` the longest time between

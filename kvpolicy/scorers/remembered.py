@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy import _check, noise
-from kvpolicy.each_query import each_query, uncounted
-from kvpolicy.errors import BudgetError
+from kvpolicy.each_query import each_query
 from kvpolicy.scorers.attention import Attention
+from kvpolicy.scorers.every_query import EveryQuery, uncounted
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Scorer
 from kvpolicy.transforms import Normalize
@@ -84,7 +84,7 @@ class DecayedAttention(Scorer):
 
 
 @dataclass(frozen=True, repr=False)
-class PerturbedAttention(Scorer):
+class PerturbedAttention(EveryQuery):
     """Score a token by all the attention it has received so far, the logits perturbed by Gumbel noise.
 
     Each query's probabilities are ``softmax((logits + noise) / temperature)``, with noise of its
@@ -109,8 +109,6 @@ class PerturbedAttention(Scorer):
     Policy(PerturbedAttention() >> TopK(1024))
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "every_query"})
-
     window: int = 64
     temperature: float = 1.0
     highest: float = 2.0
@@ -123,15 +121,6 @@ class PerturbedAttention(Scorer):
         _check.number(self, "highest", self.highest, self.temperature)
         _check.number(self, "growth", self.growth, 0)
         _check.integer(self, "seed", self.seed, 0, 2**63 - 1)
-
-    def queries_read(self, interval: int | None) -> int:
-        """Return the window."""
-        if interval is not None and interval > self.window:
-            raise BudgetError(
-                f"{self!r} counts every query, and its window holds {self.window} of the {interval} of an interval; "
-                f"write PerturbedAttention({interval}), or interval={self.window}"
-            )
-        return self.window
 
     def init(self, spec: LayerSpec, rows: int) -> StageState:
         """Return zero sums."""

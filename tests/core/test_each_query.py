@@ -26,7 +26,8 @@ from kvpolicy import (
     TopK,
     View,
 )
-from kvpolicy.each_query import each_query, uncounted
+from kvpolicy.each_query import each_query
+from kvpolicy.scorers.every_query import uncounted
 from tests.core.test_scorers import GEN, QUERIES, SPEC, VIEW, B, G, H, S, W, probabilities, score
 from tests.core.views import view_of
 
