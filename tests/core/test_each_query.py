@@ -138,6 +138,11 @@ def test_output_errors() -> None:
     assert rated([2, 1, 1], values, fast=True) == pytest.approx([distance[0], distance[1] / 3, distance[2] / 3])
 
 
+def test_the_plain_mean_is_one_in_the_dtype_of_the_cache() -> None:
+    """The last token is the mean itself: thirds in float32 would add up to 4 more."""
+    assert rated([1, 1, 1], [[0.0, 0.0], [3e8, 0.0], [1.5e8, 0.0]], fast=True)[2] < 1e-3
+
+
 def test_output_errors_of_a_token_that_has_nearly_all() -> None:
     """Its change is its distance to what the others mix to, found without a difference of numbers near 1."""
     values = [[3.0, 0.0], [0.0, 4.0], [0.0, 4.0]]
