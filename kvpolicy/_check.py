@@ -17,6 +17,13 @@ def integer(owner: object, name: str, value: object, low: int, high: int | None 
         raise ParameterError(f"{_name(owner)}({name}={value}): {name} must be at least {low}{most}")
 
 
+def odd(owner: object, name: str, value: object) -> None:
+    """Refuse what is not an odd int of at least 1: a width with a middle."""
+    integer(owner, name, value, 1)
+    if isinstance(value, int) and value % 2 == 0:
+        raise ParameterError(f"{_name(owner)}({name}={value}): {name} must be odd, such as {value + 1}")
+
+
 def number(
     owner: object,
     name: str,

@@ -67,7 +67,7 @@ class Guarded:
     Attributes:
         budget: slots of that layer and head.
         recent: the last tokens, which stay besides.
-        stages: how many slots each guard protects, by its text.
+        stages: how many slots each guard protects at most, by its text.
         certain: slots that they protect together, at least, as soon as there are tokens enough.
         most: slots that they protect together, where all of them protect different tokens.
     """
@@ -212,7 +212,8 @@ def _guards(policy: Policy, layers: list[LayerPlan]) -> Guarded | None:
     budget = min(min(layer.heads or (layer.budget,)) for layer in layers)
     sharing = policy.chain.selector.sharing()
     budget = budget if sharing is None else sharing.least(budget, policy.recent)
-    guards = {repr(stage): stage.reserved(budget) for stage in policy.stages if stage.reserved(budget)}
+    every = {repr(stage): stage.reserved_most(budget, policy.recent) for stage in policy.stages}
+    guards = {text: count for text, count in every.items() if count}
     return Guarded(budget, policy.recent, guards, *policy.guarded(budget)) if guards else None
 
 

@@ -11,17 +11,12 @@ from torch import Tensor
 
 from kvpolicy import _check
 from kvpolicy.scorers.tokens import Norm, magnitude
-from kvpolicy.scores import Scores, Tier, mask_of, order_key, top
+from kvpolicy.scores import Scores, Tier, mask_of, order_key, part, top
 from kvpolicy.stage import Transform
 from kvpolicy.token_number import TokenNumber
 from kvpolicy.view import StageState, View
 
 __all__ = ["Prompt", "Sinks", "ValueGuard"]
-
-
-def part(budget: Tensor, share: float) -> Tensor:
-    """Return ``floor(share * budget)``; computed in float64, where 0.29 * 100 is told from 29."""
-    return torch.floor(budget.to(torch.float64) * share + 1e-9).to(torch.int64)
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,13 +47,13 @@ class ValueGuard(TokenNumber, Transform):
         _check.choice(self, "norm", self.norm, get_args(Norm))
         _check.integer(self, "sinks", self.sinks, 0)
 
-    def reserved(self, budget: int) -> int:
+    def reserved(self, budget: int, recent: int) -> int:
         """Return the share of the budget, rounded down."""
         return math.floor(budget * self.share + 1e-9)
 
-    def reserved_first(self, budget: int) -> int:
+    def reserved_first(self, budget: int, recent: int) -> int:
         """Return the sinks, as far as they fit into the share."""
-        return min(self.sinks, self.reserved(budget))
+        return min(self.sinks, self.reserved(budget, recent))
 
     def number(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the magnitude of each value."""
@@ -73,7 +68,7 @@ class ValueGuard(TokenNumber, Transform):
         values = torch.where(sinks, torch.inf, self.numbers(state))
         key = torch.where(candidates, order_key(values, view.positions), -1)
         count = torch.minimum(count, candidates.sum(-1))
-        slots, chosen = top(key, count, self.reserved(view.max_budget))
+        slots, chosen = top(key, count, self.reserved(view.max_budget, view.recent))
         large = mask_of(slots, chosen, size)
         return scores.guard(large, Tier.VALUE).guard(large & sinks, Tier.SINK)
 
@@ -97,11 +92,11 @@ class Sinks(Transform):
     def __post_init__(self) -> None:
         _check.integer(self, "n", self.n, 0)
 
-    def reserved(self, budget: int) -> int:
+    def reserved(self, budget: int, recent: int) -> int:
         """Return ``n``."""
         return self.n
 
-    def reserved_first(self, budget: int) -> int:
+    def reserved_first(self, budget: int, recent: int) -> int:
         """Return ``n``: all of them."""
         return self.n
 
@@ -132,13 +127,13 @@ class Prompt(Transform):
     def __post_init__(self) -> None:
         _check.number(self, "share", self.share, 0, 1, above=True)
 
-    def reserved(self, budget: int) -> int:
+    def reserved(self, budget: int, recent: int) -> int:
         """Return the share of the budget, rounded down, which a prompt may fill."""
         return math.floor(budget * self.share + 1e-9)
 
-    def reserved_first(self, budget: int) -> int:
+    def reserved_first(self, budget: int, recent: int) -> int:
         """Return the first end of a long prompt."""
-        return self.reserved(budget) - self.reserved(budget) // 2
+        return self.reserved(budget, recent) - self.reserved(budget, recent) // 2
 
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores with the prompt, or its two ends, protected."""

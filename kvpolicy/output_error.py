@@ -54,12 +54,14 @@ class OutputError(Transform):
         rest = (1 - share).scatter(-1, largest, others)
         distance = torch.empty(b * h, s, dtype=dtype, device=share.device)
         values, held, at_largest = view.values.flatten(0, 1), valid.flatten(0, 1), largest.flatten(0, 1)
-        mixture = held / held.sum(-1, keepdim=True).clamp(min=1) if self.fast else share.flatten(0, 1)
+        # Divided in the dtype of the view: a bool over an integer would be float32.
+        equal = held.to(dtype) / held.sum(-1, keepdim=True).clamp(min=1)
+        mixture = equal if self.fast else share.flatten(0, 1)
         for at in blocks(view, s * values.shape[-1] * torch.finfo(dtype).bits // 8):
             block = torch.where(held[at, :, None], values[at].to(dtype), 0)
             origin = block.gather(1, at_largest[at, :, None].expand(-1, -1, block.shape[-1]))
             block = torch.where(held[at, :, None], block - origin, 0)
-            output = torch.bmm(mixture[at, None].to(dtype), block)
+            output = torch.bmm(mixture[at, None], block)
             distance[at] = torch.linalg.vector_norm(output - block, dim=-1)
         change = share / rest.clamp(min=torch.finfo(dtype).tiny) * distance.view(b, h, s)
         return scores.replace(torch.where((share > 0) & (rest <= 0), torch.inf, change), weights=True)

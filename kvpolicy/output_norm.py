@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvpolicy import _check
+from kvpolicy.errors import CompositionError
 from kvpolicy.scorers.attention import sum_over_heads
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Transform
@@ -28,8 +28,11 @@ class OutputNorm(TokenNumber, Transform):
     score that is attention becomes a bound of what losing the token changes. Logits have the logarithm of it added.
 
     Args:
-        epsilon: added to the score first, so that a token without attention counts, too; with weights alone.
+        epsilon: added to the score first, so that a token without attention counts, too; 0 behind logits.
         relative: divide by the sum of it over the KV heads of the layer that hold the token.
+
+    Raises:
+        CompositionError: when first applied, an epsilon would be added to logits.
 
     Source: CriticalKV, https://arxiv.org/abs/2502.03805, section 4; ``relative`` is that of DefensiveKV's code,
     https://github.com/FFY0/DefensiveKV.
@@ -39,16 +42,17 @@ class OutputNorm(TokenNumber, Transform):
     Policy(OutputNorm(epsilon=0.0001) >> TopK(1024))
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"output_projection"})
-
     epsilon: float = 0.0
     relative: bool = False
 
     def __post_init__(self) -> None:
         _check.number(self, "epsilon", self.epsilon, 0)
         _check.flag(self, "relative", self.relative)
-        if self.relative:
-            object.__setattr__(self, "needs", frozenset({"output_projection", "cross_heads"}))
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Return the weights of the output projection, and every head of a layer where norms are relative."""
+        return frozenset({"output_projection", "cross_heads"} if self.relative else {"output_projection"})
 
     def numbers_in(self, view: View, keys: Tensor, values: Tensor) -> Tensor:
         """Return the norm of each projected value."""
@@ -62,5 +66,10 @@ class OutputNorm(TokenNumber, Transform):
             every, positions, order = (view.gather_heads(t) for t in (norms, view.positions, view.order))
             norms = norms / sum_over_heads(every, positions, order, view.positions).clamp(min=_TINY)
         if not scores.weights:
+            if self.epsilon:
+                raise CompositionError(
+                    f"{self!r} stands behind a scorer of logits, and an epsilon can be added to weights alone, such as "
+                    f"attention; write {replace(self, epsilon=0.0)!r}, or a scorer of weights"
+                )
             return scores.replace(scores.values + torch.log(norms), weights=False)
         return scores.replace((scores.values + self.epsilon) * norms, weights=True)

@@ -10,7 +10,7 @@ from kvpolicy import _check
 from kvpolicy.errors import BudgetError, CompositionError
 from kvpolicy.scorers.attention import Attention
 from kvpolicy.scores import Keep, Scores
-from kvpolicy.stage import Chain, Scorer, Selector, Stage, Transform, describe
+from kvpolicy.stage import Chain, Piped, Scorer, Selector, Stage, Transform, Transforms, describe
 from kvpolicy.view import LayerSpec, State, View
 
 __all__ = ["EvictionPolicy", "LayerPlan", "ModelSpec", "Plan", "Policy"]
@@ -250,9 +250,10 @@ class Policy:
         >>> Policy(Prompt(0.5) >> Sinks(8) >> ValueGuard(0.5) >> TopK(1024)).guarded(1024)
         (512, 1020)
         """
-        every = [(stage.reserved(budget), stage.reserved_first(budget)) for stage in self.stages]
+        sizes = (budget, self.recent)
+        every = [(stage.reserved_most(*sizes), stage.reserved_first(*sizes)) for stage in self.stages]
         first = max(first for _, first in every)
-        return max(total for total, _ in every), first + sum(total - mine for total, mine in every)
+        return _reserved(self.chain, *sizes), first + sum(total - mine for total, mine in every)
 
     def init(self, spec: LayerSpec, rows: int) -> State:
         """Return the states of the stages for ``rows`` empty rows."""
@@ -290,16 +291,19 @@ class Policy:
         self._check_guards(budget, where)
 
     def _check_guards(self, budget: int, where: str) -> None:
-        for stage in self.stages:
-            guarded = stage.reserved(budget)
-            if guarded + self.recent > budget:
-                shared = self.chain.selector.sharing()
-                more = " or the floor" if shared is not None and shared.shared else ""
-                raise BudgetError(
-                    f"{where}{stage!r} protects {guarded} slots and recent={self.recent} more, which do not fit into "
-                    f"a budget of {budget}; raise the budget{more} so that it is at least {guarded + self.recent}, or "
-                    "protect less"
-                )
+        guarded, _ = self.guarded(budget)
+        if guarded + self.recent <= budget:
+            return
+        each = {stage: stage.reserved(budget, self.recent) for stage in self.stages}
+        alone = [f"{stage!r} protects" for stage, count in each.items() if count == guarded]
+        together = " and ".join(repr(stage) for stage, count in each.items() if count)
+        shared = self.chain.selector.sharing()
+        more = " or the floor" if shared is not None and shared.shared else ""
+        raise BudgetError(
+            f"{where}{alone[0] if alone else f'{together} protect'} {guarded} slots and recent={self.recent} more, "
+            f"which do not fit into a budget of {budget}; raise the budget{more} so that it is at least "
+            f"{guarded + self.recent}, or protect less"
+        )
 
     def text(self, *, full: bool = False) -> str:
         """Return text that evaluates back to an equal policy.
@@ -318,3 +322,15 @@ class Policy:
     def __repr__(self) -> str:
         """Return text that evaluates back to an equal policy, without what equals a default."""
         return self.text()
+
+
+def _reserved(node: Stage | Chain, budget: int, recent: int, before: int = 0) -> int:
+    """Return how many slots are protected for certain behind ``node``, where ``before`` are in front of it."""
+    if isinstance(node, Chain | Piped | Transforms):
+        for part in node.parts():
+            before = _reserved(part, budget, recent, before)
+        return before
+    if parts := node.parts():  # beside each other: what they protect may be the same
+        return max(before, *(_reserved(part, budget, recent) for part in parts))
+    own = node.reserved(budget, recent)
+    return before + own if node.additive else max(before, own)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from kvpolicy import _check
-from kvpolicy.guards import part
 from kvpolicy.scorers.attention import Attention
-from kvpolicy.scores import Scores, Tier, mask_of, order_key, top
+from kvpolicy.scores import Scores, Tier, mask_of, order_key, part, top
 from kvpolicy.stage import Transform
 from kvpolicy.view import StageState, View
 
@@ -23,38 +22,36 @@ class ScoreGuard(Transform):
     """Protect the tokens that score highest where it stands, whatever later stages make of their scores.
 
     So a sampler behind it draws among the others alone. Tokens that a guard before this one protects are
-    no part of it.
+    no part of it: its slots come on top of theirs.
 
     Args:
-        share: of the budget, rounded down.
-        of: what the share is of: the ``"budget"``, or the ``"rest"``, which the last tokens leave of it.
+        share: of what the last ``recent`` tokens leave of the budget, rounded down.
 
-    Source: the first of CriticalKV's two stages, https://arxiv.org/abs/2502.03805, section 4, whose share is of
-    the rest; and NACL, https://arxiv.org/abs/2408.03675, which draws some of the others.
+    Source: the first of CriticalKV's two stages, https://arxiv.org/abs/2502.03805, section 4; and NACL,
+    https://arxiv.org/abs/2408.03675, which draws some of the others.
 
     >>> from kvpolicy import Attention, Policy, Stochastic, TopK
     >>> Policy(Attention() >> ScoreGuard(0.5) >> Stochastic() >> TopK(1024))
     Policy(ScoreGuard(0.5) >> Stochastic() >> TopK(1024))
     """
 
+    additive: ClassVar[bool] = True
+
     share: float
-    of: Literal["budget", "rest"] = "budget"
 
     def __post_init__(self) -> None:
         _check.number(self, "share", self.share, 0, 1, above=True)
-        _check.choice(self, "of", self.of, ("budget", "rest"))
 
-    def reserved(self, budget: int) -> int:
-        """Return the share of the budget, rounded down; of the rest, nothing that could not fit."""
-        return math.floor(budget * self.share + 1e-9) if self.of == "budget" else 0
+    def reserved(self, budget: int, recent: int) -> int:
+        """Return the share of what the last tokens leave, rounded down."""
+        return math.floor(max(0, budget - recent) * self.share + 1e-9)
 
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores with the highest of each head protected."""
-        taken = 0 if self.of == "budget" else view.recent
         free = scores.tier == Tier.CANDIDATE
         key = torch.where(free, order_key(scores.values, view.positions), -1)
-        count = torch.minimum(part((view.budget - taken).clamp(min=0), self.share), free.sum(-1))
-        chosen = top(key, count, max(0, math.floor((view.max_budget - taken) * self.share + 1e-9)))
+        count = torch.minimum(part((view.budget - view.recent).clamp(min=0), self.share), free.sum(-1))
+        chosen = top(key, count, self.reserved(view.max_budget, view.recent))
         return scores.guard(mask_of(*chosen, view.shape[2]), Tier.VALUE)
 
 
@@ -90,12 +87,16 @@ class MassGuard(Transform):
         """Return the window."""
         return self.window
 
+    def reserved_most(self, budget: int, recent: int) -> int:
+        """Return all that the last tokens leave of the budget: how evenly attention is spread decides."""
+        return max(0, budget - recent)
+
     def apply(self, scores: Scores, view: View, state: StageState | None) -> Scores:
         """Return the scores with the tokens of the most attention protected."""
         asked = Attention(self.window, pool=1, over="all").score(view, None).values.to(torch.float64)
         asked = torch.where(view.candidates, asked, 0)
         key = torch.where(view.candidates, order_key(asked, view.positions), -1)
-        limit = min(max(0, view.max_budget - view.recent), view.shape[2])
+        limit = min(self.reserved_most(view.max_budget, view.recent), view.shape[2])
         slots = key.topk(limit, dim=-1).indices
         shares = asked.gather(-1, slots) / asked.sum(-1, keepdim=True).clamp(min=1e-300)
         count = (shares.cumsum(-1) < self.share - 1e-9).sum(-1)

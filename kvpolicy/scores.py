@@ -132,6 +132,11 @@ def mask_of(slots: Tensor, chosen: Tensor, size: int) -> Tensor:
     return mask.scatter(-1, slots, chosen)
 
 
+def part(budget: Tensor, share: float) -> Tensor:
+    """Return ``floor(share * budget)``; computed in float64, where 0.29 * 100 is told from 29."""
+    return torch.floor(budget.to(torch.float64) * share + 1e-9).to(torch.int64)
+
+
 def select_top(scores: Scores, view: View, budget: Tensor) -> Keep:
     """Keep the ``budget`` slots of each head that are highest in (tier, score, position).
 

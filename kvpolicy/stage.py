@@ -40,20 +40,26 @@ class Stage:
             query leaves the window unseen), ``"cross_heads"`` (a reduction over heads that may
             live on other devices), ``"output_projection"`` (the weights that turn values into the
             output of a layer), ``"rotary"`` (by how much positions turn queries and keys).
+        additive: a guard whose slots are none of those that stages before it protect.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    additive: ClassVar[bool] = False
 
     def queries_read(self, interval: int | None) -> int:
         """Return how many of the newest queries this stage reads, evicting every ``interval`` tokens."""
         return 0
 
-    def reserved(self, budget: int) -> int:
-        """Return how many slots of ``budget`` this stage protects in every case."""
+    def reserved(self, budget: int, recent: int) -> int:
+        """Return how many slots of ``budget`` this stage protects in every case, beside the last ``recent`` tokens."""
         return 0
 
-    def reserved_first(self, budget: int) -> int:
-        """Return how many of the reserved slots are the first tokens of the sequence, which other guards may share."""
+    def reserved_most(self, budget: int, recent: int) -> int:
+        """Return how many it protects at most, where the data decide."""
+        return self.reserved(budget, recent)
+
+    def reserved_first(self, budget: int, recent: int) -> int:
+        """Return how many of these are the first tokens of the sequence, which other guards may share."""
         return 0
 
     def init(self, spec: LayerSpec, rows: int) -> StageState | None:

@@ -21,13 +21,14 @@ def cake(
 ) -> Policy:
     """Return CAKE: keep what the last queries attend to, steadily or now and then, more in layers that prefer more.
 
+    Without ``preferences`` it is CAKE's scorer with the same budget in every layer, and not CAKE.
     Compresses the prompt once and lets the cache grow afterwards; with an ``interval`` it goes on
     while decoding.
 
     Args:
         budget: slots kept per KV head on average over the layers, ``cache_size`` of the official code.
         preferences: one number for each layer that may evict, measured beforehand with
-            ``kvpolicy.adapters.hf.layer_preferences``; None gives all layers the same.
+            ``kvpolicy.adapters.hf.layer_preferences``; without them all layers have the same.
         gamma: weight of the variance over the queries.
         window: queries asked, and tokens that always stay.
         pool: width of the average over neighbouring positions.

@@ -4,12 +4,13 @@ https://arxiv.org/abs/2504.14051
 """
 
 from kvpolicy import AccumulatedAttention, OutputError, Policy, Scorer, TopK
+from kvpolicy.scorers.every_query import window_for
 
 __all__ = ["caote"]
 
 
 def caote(
-    budget: int, *, scorer: Scorer | None = None, fast: bool = False, interval: int = 64, recent: int = 64
+    budget: int, *, scorer: Scorer | None = None, fast: bool = False, interval: int | None = 64, recent: int = 64
 ) -> Policy:
     """Return CAOTE: keep the tokens without which attention's output would change most.
 
@@ -22,7 +23,7 @@ def caote(
         scorer: gives the weights; where None, ``AccumulatedAttention()``, the paper's H2O.
             ``LastQuery()`` is its TOVA, ``Attention(over='all')`` its SnapKV.
         fast: measure values from their plain mean, as FastCAOTE, instead of the output.
-        interval: decoded tokens between two evictions.
+        interval: decoded tokens between two evictions; None evicts at the end of a turn only.
         recent: the last tokens, which always stay.
 
     Source: https://arxiv.org/abs/2504.14051, section 3 (theorem 3.2).
@@ -30,5 +31,5 @@ def caote(
     >>> caote(1024)
     Policy(AccumulatedAttention() >> OutputError() >> TopK(1024))
     """
-    scorer = AccumulatedAttention(max(64, interval)) if scorer is None else scorer
+    scorer = AccumulatedAttention(window_for(interval)) if scorer is None else scorer
     return Policy(scorer >> OutputError(fast) >> TopK(budget), interval=interval, recent=recent)

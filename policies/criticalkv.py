@@ -36,8 +36,8 @@ def criticalkv(
     among its choice.
 
     >>> criticalkv(1024)
-    Policy(Attention(over='all') >> ScoreGuard(0.5, of='rest') >> OutputNorm(epsilon=0.0001) >> TopK(1024),
+    Policy(Attention(over='all') >> ScoreGuard(0.5) >> OutputNorm(epsilon=0.0001) >> TopK(1024),
         interval=None)
     """
-    chain = Attention(window, pool, over="all") >> ScoreGuard(share, "rest") >> OutputNorm(epsilon) >> TopK(budget)
+    chain = Attention(window, pool, over="all") >> ScoreGuard(share) >> OutputNorm(epsilon) >> TopK(budget)
     return Policy(chain, interval=interval, recent=window)

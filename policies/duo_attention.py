@@ -15,7 +15,7 @@ def duo_attention(
     retrieval: Sequence[Sequence[bool]],
     *,
     sinks: int = 128,
-    interval: int = 64,
+    interval: int | None = 64,
     recent: int = 256,
 ) -> Policy:
     """Return DuoAttention: keep much in retrieval heads, and the first and last tokens alone in streaming heads.

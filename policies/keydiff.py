@@ -8,7 +8,7 @@ from kvpolicy import KeyDifference, Policy, TopK
 __all__ = ["keydiff"]
 
 
-def keydiff(budget: int, *, interval: int = 64, recent: int = 64) -> Policy:
+def keydiff(budget: int, *, interval: int | None = 64, recent: int = 64) -> Policy:
     """Return KeyDiff: keep the tokens whose keys point away from the mean direction.
 
     Args:

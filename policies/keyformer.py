@@ -4,6 +4,7 @@ https://arxiv.org/abs/2403.09054
 """
 
 from kvpolicy import PerturbedAttention, Policy, TopK
+from kvpolicy.scorers.every_query import window_for
 
 __all__ = ["keyformer"]
 
@@ -16,7 +17,7 @@ def keyformer(
     highest: float = 2.0,
     growth: float = 0.01,
     seed: int = 0,
-    interval: int = 64,
+    interval: int | None = 64,
 ) -> Policy:
     """Return Keyformer: keep the tokens with the most accumulated attention under Gumbel noise, and the latest.
 
@@ -31,7 +32,7 @@ def keyformer(
         highest: temperature at most, ``tau_end``.
         growth: of the temperature with each decoded token, ``tau_delta``.
         seed: of the noise.
-        interval: decoded tokens between two evictions; 1 as published.
+        interval: decoded tokens between two evictions; 1 as published; None evicts at the end of a turn only.
 
     Source: https://arxiv.org/abs/2403.09054, section 3, and https://github.com/d-matrix-ai/keyformer-llm.
 
@@ -39,5 +40,5 @@ def keyformer(
     Policy(PerturbedAttention() >> TopK(1024), recent=307)
     """
     recent = max(1, budget * 3 // 10) if recent is None else recent
-    score = PerturbedAttention(max(64, interval), temperature, highest, growth, seed)
+    score = PerturbedAttention(window_for(interval), temperature, highest, growth, seed)
     return Policy(score >> TopK(budget), interval=interval, recent=recent)

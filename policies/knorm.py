@@ -8,7 +8,7 @@ from kvpolicy import KeyNorm, Policy, TopK
 __all__ = ["knorm"]
 
 
-def knorm(budget: int, *, interval: int = 64, recent: int = 64) -> Policy:
+def knorm(budget: int, *, interval: int | None = 64, recent: int = 64) -> Policy:
     """Return the key-norm policy: keep the tokens whose keys are shortest.
 
     Args:

@@ -8,7 +8,7 @@ from kvpolicy import LagRelative, Policy, Sinks, TopK
 __all__ = ["lagkv"]
 
 
-def lagkv(budget: int, *, lag: int = 128, sinks: int = 4, interval: int = 64, recent: int = 64) -> Policy:
+def lagkv(budget: int, *, lag: int = 128, sinks: int = 4, interval: int | None = 64, recent: int = 64) -> Policy:
     """Return LagKV: keep the tokens that stand out against the range of the tokens that follow them.
 
     No attention scores, hence no query window. The newest partition, 128 to 255 tokens, stays before all

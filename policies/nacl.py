@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2408.03675
 """
 
-from kvpolicy import Attention, Normalize, Policy, ScoreGuard, Sinks, Stochastic, TopK
+from kvpolicy import Attention, BudgetError, Normalize, Policy, ScoreGuard, Sinks, Stochastic, TopK
 
 __all__ = ["nacl"]
 
@@ -35,16 +35,27 @@ def nacl(
         seed: of the sample.
         interval: decoded tokens between two evictions; None, as published, evicts once.
 
+    Raises:
+        BudgetError: the share does not fit into what the last tokens leave of the budget.
+
     Source: https://arxiv.org/abs/2408.03675, section 3, and
     https://github.com/PaddlePaddle/Research (NLP/ACL2024-NACL).
 
     >>> nacl(1024)
-    Policy(Attention(window=51, pool=1, over='all') >> Sinks(10) >> ScoreGuard(0.6) >> Normalize('softmax')
-        >> Stochastic() >> TopK(1024), interval=None, recent=40)
+    Policy(Attention(window=51, pool=1, over='all') >> Sinks(10) >> ScoreGuard(0.624390243902439)
+        >> Normalize('softmax') >> Stochastic() >> TopK(1024), interval=None, recent=40)
     """
     window = max(1, budget // 20) if window is None else window
     sinks = max(1, budget // 100) if sinks is None else sinks
     recent = max(1, budget // 25) if recent is None else recent
-    scores = Attention(window, pool=1, over="all") >> Sinks(sinks) >> ScoreGuard(share)
+    rest = budget - recent  # no room at all is refused by the plan, as everywhere
+    if 0 < rest < share * budget:
+        raise BudgetError(
+            f"nacl({budget}, share={share}, recent={recent}): the share is {share * budget:g} slots, and the last "
+            f"tokens leave {rest}; write a share of at most {rest * 100 // budget / 100}"
+        )
+    # What the guard takes a share of is the rest.
+    top = ScoreGuard(share if rest <= 0 else share * budget / rest)
+    scores = Attention(window, pool=1, over="all") >> Sinks(sinks) >> top
     sample = Normalize("softmax") >> Stochastic(seed=seed)
     return Policy(scores >> sample >> TopK(budget), interval=interval, recent=recent)

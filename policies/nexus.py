@@ -8,7 +8,7 @@ from kvpolicy import Attention, Policy, Stochastic, TopK
 __all__ = ["nexus"]
 
 
-def nexus(budget: int, *, window: int = 64, seed: int = 0, interval: int = 64, recent: int = 64) -> Policy:
+def nexus(budget: int, *, window: int = 64, seed: int = 0, interval: int | None = 64, recent: int = 64) -> Policy:
     """Return Nexus sampling: keep a weighted reservoir, each token with a chance that grows with its attention.
 
     Half of the method: the paper was read in its abstract alone, and no code was found. Its sampling is here,

@@ -9,7 +9,13 @@ __all__ = ["random_eviction"]
 
 
 def random_eviction(
-    budget: int, *, share: float | None = 0.5, seed: int = 0, redraw: bool = True, interval: int = 64, recent: int = 64
+    budget: int,
+    *,
+    share: float | None = 0.5,
+    seed: int = 0,
+    redraw: bool = True,
+    interval: int | None = 64,
+    recent: int = 64,
 ) -> Policy:
     """Return Random Attention: keep the prompt, and a uniform sample of all else.
 

@@ -1,12 +1,13 @@
 """The policy that this project recommends, and why: https://kvpolicy.readthedocs.io/en/latest/results/."""
 
 from kvpolicy import AccumulatedAttention, Attention, Normalize, Policy, Prompt, TopK, ValueGuard
+from kvpolicy.scorers.every_query import window_for
 
 __all__ = ["recommended"]
 
 
 def recommended(
-    budget: int, *, share: float = 0.5, prompt: float = 0.25, interval: int = 64, recent: int | None = None
+    budget: int, *, share: float = 0.5, prompt: float = 0.25, interval: int | None = 64, recent: int | None = None
 ) -> Policy:
     """Return the recommended mixture: what is attended to now, what was all along, the largest values, the prompt.
 
@@ -19,7 +20,7 @@ def recommended(
         budget: slots kept per KV head.
         share: of the budget, for the largest values, the four sinks among them.
         prompt: share of the budget for the prompt; both ends of a longer one stay.
-        interval: decoded tokens between two evictions.
+        interval: decoded tokens between two evictions; None evicts at the end of a turn only.
         recent: the last tokens, which always stay, and queries asked; an eighth of the budget, 64 at most, where None.
 
     Source: none; a mixture of H2O (https://arxiv.org/abs/2306.14048), SnapKV
@@ -30,5 +31,6 @@ def recommended(
     Policy(... >> Prompt(share=0.25) >> ValueGuard(share=0.5) >> TopK(1024))
     """
     recent = min(64, max(1, budget // 8)) if recent is None else recent
-    attended = (AccumulatedAttention(max(64, interval)) >> Normalize("sum")) + (Attention(recent) >> Normalize("sum"))
+    before, now = AccumulatedAttention(window_for(interval)), Attention(recent)
+    attended = (before >> Normalize("sum")) + (now >> Normalize("sum"))
     return Policy(attended >> Prompt(prompt) >> ValueGuard(share) >> TopK(budget), interval=interval, recent=recent)

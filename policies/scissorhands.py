@@ -8,7 +8,7 @@ from kvpolicy import AttentionCount, Policy, TopK
 __all__ = ["scissorhands"]
 
 
-def scissorhands(budget: int, *, window: int = 400, interval: int = 64, recent: int = 10) -> Policy:
+def scissorhands(budget: int, *, window: int = 400, interval: int | None = 64, recent: int = 10) -> Policy:
     """Return Scissorhands: keep the tokens that seldom had less than uniform attention lately.
 
     Read second-hand, in other people's code (the count of the steps of a history window below uniform

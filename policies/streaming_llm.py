@@ -8,7 +8,7 @@ from kvpolicy import Policy, Recency, Sinks, TopK
 __all__ = ["streaming_llm"]
 
 
-def streaming_llm(budget: int, *, sinks: int = 4, interval: int = 64, recent: int = 64) -> Policy:
+def streaming_llm(budget: int, *, sinks: int = 4, interval: int | None = 64, recent: int = 64) -> Policy:
     """Return StreamingLLM: keep the first few tokens and the most recent ones.
 
     Keys keep the rotation of their true positions; the paper assigns positions inside the cache.

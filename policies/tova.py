@@ -8,7 +8,7 @@ from kvpolicy import LastQuery, Policy, TopK
 __all__ = ["tova"]
 
 
-def tova(budget: int, *, interval: int = 64) -> Policy:
+def tova(budget: int, *, interval: int | None = 64) -> Policy:
     """Return TOVA: drop what the newest query attends to least, one set for all heads of a layer.
 
     Args:

@@ -15,7 +15,7 @@ def vase(
     tau: float = 1.0,
     seed: int = 0,
     redraw: bool = True,
-    interval: int = 64,
+    interval: int | None = 64,
     recent: int = 64,
 ) -> Policy:
     """Return VaSE-AttnV: protect the largest values, sample the rest by their attention.
@@ -46,7 +46,7 @@ def vase(
     return Policy(ValueGuard(share) >> Stochastic(tau, seed, redraw) >> TopK(budget), interval=interval, recent=recent)
 
 
-def vase_dkv(budget: int, *, rank: int = 20, seed: int = 0, interval: int = 64, recent: int = 64) -> Policy:
+def vase_dkv(budget: int, *, rank: int = 20, seed: int = 0, interval: int | None = 64, recent: int = 64) -> Policy:
     """Return VaSE-DKV: the leverage scores of CurDKV under a projection drawn anew at each eviction.
 
     No attention scores, hence no query window: the cheapest variant.

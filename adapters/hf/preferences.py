@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 
 from kvpolicy import _check
 from kvpolicy.adapters.hf.cache import EvictionCache
+from kvpolicy.each_query import each_query
 from kvpolicy.errors import UsageError
 from kvpolicy.policy import LayerPlan, ModelSpec, Plan
-from kvpolicy.scorers.each import preference
+from kvpolicy.scorers.attention import newest
+from kvpolicy.scorers.spread import moments
 from kvpolicy.scores import Keep, Scores, select_top
 from kvpolicy.view import LayerSpec, State, View
 
@@ -89,3 +91,30 @@ def layer_preferences(
         for layer, one in found.items():
             totals[layer] = totals.get(layer, 0.0) + one / whole / len(texts)
     return tuple(totals[layer] for layer in sorted(totals))
+
+
+def preference(view: View, window: int = 32, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
+    """Return how much each row, one layer, prefers to keep: entropy and variance of its attention.
+
+    ``H ** (1 / tau1) * V ** (1 / tau2)``: the entropy of what the newest queries pay the candidates, and its
+    variance over the queries, each summed over query heads.
+
+    Args:
+        view: with queries.
+        window: how many of the newest are asked.
+        tau1: of the entropy.
+        tau2: of the variance.
+
+    Returns:
+        ``[B]``, in ``view.compute_dtype``.
+    """
+    b, h, _ = view.shape
+    entropy = torch.zeros(b * h, dtype=view.compute_dtype, device=view.positions.device)
+    variance = torch.zeros_like(entropy)
+    candidates = view.candidates.flatten(0, 1)
+    for at, paid, _, positions in each_query(view, *newest(view, window), whole=True):
+        shares = torch.where(candidates[at, None], paid[:, 0], 0)
+        entropy[at] -= (shares * torch.log(shares + 1e-10)).sum((1, 2))
+        variance[at] += moments(shares, positions >= 0)[1].sum(-1)
+    totals = [view.reduce_heads(one.view(b, h).sum(-1)) for one in (entropy, variance)]
+    return totals[0] ** (1 / tau1) * totals[1] ** (1 / tau2)

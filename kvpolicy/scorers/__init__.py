@@ -1,13 +1,13 @@
 """Scorers: each gives every slot a number, higher is kept."""
 
 from kvpolicy.scorers.attention import AccumulatedAttention, Attention, LastQuery
-from kvpolicy.scorers.each import SpreadAttention, WorstAttention
 from kvpolicy.scorers.expected import ExpectedAttention
 from kvpolicy.scorers.keys import KeyDifference, Redundancy
 from kvpolicy.scorers.lag import LagRelative
 from kvpolicy.scorers.leverage import Leverage
+from kvpolicy.scorers.recurrence import AttentionCount, LastAttended, Recurrence
 from kvpolicy.scorers.remembered import DecayedAttention, PerturbedAttention
-from kvpolicy.scorers.times import AttentionCount, LastAttended, Recurrence
+from kvpolicy.scorers.spread import SpreadAttention, WorstAttention
 from kvpolicy.scorers.tokens import Constant, KeyNorm, Recency, ValueNorm, magnitude
 
 __all__ = [

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpolicy import _check
-from kvpolicy.errors import BudgetError, ParameterError
 from kvpolicy.probabilities import received
+from kvpolicy.scorers.every_query import EveryQuery, uncounted
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Scorer
 from kvpolicy.view import LayerSpec, StageState, View
@@ -52,9 +52,7 @@ class Attention(Scorer):
 
     def __post_init__(self) -> None:
         _check.integer(self, "window", self.window, 1)
-        _check.integer(self, "pool", self.pool, 1)
-        if self.pool % 2 == 0:
-            raise ParameterError(f"Attention(pool={self.pool}): pool must be odd, such as {self.pool + 1}")
+        _check.odd(self, "pool", self.pool)
         _check.choice(self, "reduce", self.reduce, ("mean", "max"))
         _check.choice(self, "over", self.over, ("candidates", "all"))
         _check.number(self, "temperature", self.temperature, 0, above=True)
@@ -93,7 +91,7 @@ class Attention(Scorer):
 
 
 @dataclass(frozen=True, repr=False)
-class AccumulatedAttention(Scorer):
+class AccumulatedAttention(EveryQuery):
     """Score a token by all the attention it has received so far.
 
     Exact over decoded tokens: every query since the last eviction is still in the window, so its
@@ -114,21 +112,10 @@ class AccumulatedAttention(Scorer):
     Policy(AccumulatedAttention() >> TopK(1024))
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "every_query"})
-
     window: int = 64
 
     def __post_init__(self) -> None:
         _check.integer(self, "window", self.window, 1)
-
-    def queries_read(self, interval: int | None) -> int:
-        """Return the window."""
-        if interval is not None and interval > self.window:
-            raise BudgetError(
-                f"{self!r} counts every query, and its window holds {self.window} of the {interval} of an interval; "
-                f"write AccumulatedAttention({interval}), or interval={self.window}"
-            )
-        return self.window
 
     def init(self, spec: LayerSpec, rows: int) -> StageState:
         """Return zero sums."""
@@ -138,8 +125,7 @@ class AccumulatedAttention(Scorer):
         """Return the sums with the queries of every token added that is new since the last eviction."""
         assert state is not None
         queries, positions = newest(view, self.window)
-        first = view.seen - (view.fresh >= 0).sum(-1)[:, 0]
-        new = (positions >= first[:, None]).to(view.compute_dtype)
+        new = (uncounted(view, self.window)[1] >= 0).to(view.compute_dtype)
         added = received(
             view,
             queries,

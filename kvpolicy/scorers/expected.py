@@ -27,12 +27,13 @@ class ExpectedAttention(TokenNumber, Scorer):
     newest ones, and rotated by the mean rotation of the next ``future`` positions. The expected logit is
     ``mean·k + k·covariance·k / 2``, scaled as the model does; its softmax runs over every slot but the
     first ``sinks``, and the mean over the query heads of the group is multiplied by the Euclidean norm of the value.
+    The first ``sinks`` tokens take no part, nor do their queries: they score as high as any other token of the head.
     A cap on logits, or a sink logit, is left out.
 
     Args:
         window: how many of the newest queries are asked for mean and covariance.
         future: positions to come.
-        sinks: first tokens, which take no part and score 0, nor do their queries.
+        sinks: first tokens, which take no part.
         covariance: use the covariance, or the mean alone.
         epsilon: added to the probability before it is multiplied.
 
@@ -70,37 +71,54 @@ class ExpectedAttention(TokenNumber, Scorer):
         """Return expected attention times norms, as weights."""
         (b, h, s), dtype = view.shape, view.compute_dtype
         queries, positions = newest(view, self.window)
-        there = positions >= self.sinks
-        ahead = torch.where(there[:, None, :, None], _turned(queries, self._turn(view, positions)), 0).to(dtype)
-        count = there.sum(-1)[:, None, None].clamp(min=1)
-        mean = ahead.sum(2) / count
-        apart = torch.where(there[:, None, :, None], ahead - mean[:, :, None], 0) / count[..., None].sqrt()
-        mean, apart = (x.reshape(b * h, -1, *x.shape[2:]) for x in (mean, apart))
+        window, dim = queries.shape[2:]
+        assert view.rotary is not None
+        queries = queries.reshape(b * h, -1, window, dim)
+        turn = _Turn(self.future, *(t.repeat_interleave(h, 0) for t in (view.seen, positions, view.rotary)))
         inside = (view.valid & (view.positions >= self.sinks)).flatten(0, 1)
         keys, shares = view.keys.flatten(0, 1), torch.zeros(b * h, s, dtype=dtype, device=positions.device)
-        for at in blocks(view, s * (keys.shape[-1] + self.window) * torch.finfo(dtype).bits // 8):
-            held = keys[at].to(dtype).mT
-            for member in range(mean.shape[1]):
-                logits = torch.bmm(mean[at, member, None], held)[:, 0] * view.scaling
+        for at in blocks(view, s * (dim + window) * torch.finfo(dtype).bits // 8 + 2 * window * dim * 8):
+            held, there = keys[at].to(dtype).mT, (turn.positions[at] >= self.sinks)[..., None]
+            count = there.sum(1).clamp(min=1)
+            for member in range(queries.shape[1]):
+                ahead = torch.where(there, turn.turned(queries[at, member], at), 0).to(dtype)
+                mean = ahead.sum(1) / count
+                logits = torch.bmm(mean[:, None], held)[:, 0] * view.scaling
                 if self.covariance:
-                    logits = logits + torch.bmm(apart[at, member], held).square().sum(1) * (view.scaling**2 / 2)
+                    apart = torch.where(there, ahead - mean[:, None], 0) / count[..., None].sqrt()
+                    logits = logits + torch.bmm(apart, held).square().sum(1) * (view.scaling**2 / 2)
                 shares[at] += torch.softmax(torch.where(inside[at], logits, -1e30), -1)
-        expected = torch.where(inside, shares / mean.shape[1], 0).view(b, h, s)
         inside = inside.view(b, h, s)
-        return Scores.of(view, torch.where(inside, (expected + self.epsilon) * self.numbers(state), 0), weights=True)
-
-    def _turn(self, view: View, positions: Tensor) -> Tensor:
-        """Return what turns each query from its position to those to come, ``[B, W, D / 2]`` complex, on average."""
-        assert view.rotary is not None
-        steps = view.seen[:, None] + torch.arange(self.future, device=positions.device)
-        angles = steps[..., None].to(torch.float64) * view.rotary[:, None]
-        back = -positions[..., None].to(torch.float64) * view.rotary[:, None]
-        to_come = torch.complex(angles.cos().mean(1), angles.sin().mean(1))
-        return to_come[:, None] * torch.complex(back.cos(), back.sin())
+        expected = (shares / queries.shape[1]).view(b, h, s)
+        found = torch.where(inside, (expected + self.epsilon) * self.numbers(state), 0)
+        return Scores.of(view, torch.where(inside, found, found.amax(-1, keepdim=True)), weights=True)
 
 
-def _turned(queries: Tensor, turn: Tensor) -> Tensor:
-    """Return ``[B, Hq, W, D]`` queries whose pairs of elements, ``i`` and ``D / 2 + i``, are turned, in float64."""
-    first, second = queries.to(torch.float64).chunk(2, -1)
-    pairs = torch.complex(first, second) * turn[:, None]
-    return torch.cat([pairs.real, pairs.imag], -1)
+@dataclass(frozen=True)
+class _Turn:
+    """Turn queries from their positions to the next ``future`` ones, on average.
+
+    The mean of rotations by ``f * j``, with ``j`` from 0 to ``n - 1``, is the rotation by ``f * (n - 1) / 2``, shrunk
+    by ``sin(n * f / 2) / (n * sin(f / 2))``.
+
+    Attributes:
+        future: how many positions.
+        seen: ``[N]``, the first of them.
+        positions: ``[N, W]``.
+        frequencies: ``[N, D / 2]``, angles of a pair of elements, ``i`` and ``D / 2 + i``, a position.
+    """
+
+    future: int
+    seen: Tensor
+    positions: Tensor
+    frequencies: Tensor
+
+    def turned(self, queries: Tensor, at: slice) -> Tensor:
+        """Return ``[n, W, D]`` queries of some rows, turned, in float64."""
+        by = self.frequencies[at, None].to(torch.float64)
+        steps = self.seen[at, None, None] + (self.future - 1) / 2 - self.positions[at, :, None].to(torch.float64)
+        angles, half = steps * by, torch.sin(by / 2)
+        shrunk = torch.where(half == 0, 1, torch.sin(self.future * by / 2) / (self.future * half))
+        cos, sin = shrunk * torch.cos(angles), shrunk * torch.sin(angles)
+        first, second = queries.to(torch.float64).chunk(2, -1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)

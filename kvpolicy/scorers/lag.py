@@ -24,7 +24,8 @@ class LagRelative(Scorer):
     Each element of a key is scaled so that the least and the largest of it in the next partition are 0
     and 1; the score is the standard deviation over the elements, softmaxed over the partition. That of
     the values is added. The last partition and what remains behind it have none to be measured by: they
-    score 1, above all others, and so do the first tokens. An element that is the same throughout the
+    score 1, above all others. The first ``sinks`` tokens take no part: they score as high as any other token of
+    the head. An element that is the same throughout the
     next partition counts as 0.
 
     Args:

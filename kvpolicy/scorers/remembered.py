@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy import _check, noise
-from kvpolicy.each_query import each_query, uncounted
-from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.each_query import each_query
 from kvpolicy.scorers.attention import Attention
+from kvpolicy.scorers.every_query import EveryQuery, uncounted
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Scorer
 from kvpolicy.transforms import Normalize
@@ -53,9 +53,7 @@ class DecayedAttention(Scorer):
     def __post_init__(self) -> None:
         _check.number(self, "decay", self.decay, 0, 1)
         _check.integer(self, "window", self.window, 1)
-        _check.integer(self, "pool", self.pool, 1)
-        if self.pool % 2 == 0:
-            raise ParameterError(f"DecayedAttention(pool={self.pool}): pool must be odd, such as {self.pool + 1}")
+        _check.odd(self, "pool", self.pool)
         _check.choice(self, "reduce", self.reduce, ("mean", "max"))
         _check.choice(self, "over", self.over, ("candidates", "all"))
 
@@ -86,7 +84,7 @@ class DecayedAttention(Scorer):
 
 
 @dataclass(frozen=True, repr=False)
-class PerturbedAttention(Scorer):
+class PerturbedAttention(EveryQuery):
     """Score a token by all the attention it has received so far, the logits perturbed by Gumbel noise.
 
     Each query's probabilities are ``softmax((logits + noise) / temperature)``, with noise of its
@@ -111,8 +109,6 @@ class PerturbedAttention(Scorer):
     Policy(PerturbedAttention() >> TopK(1024))
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "every_query"})
-
     window: int = 64
     temperature: float = 1.0
     highest: float = 2.0
@@ -125,15 +121,6 @@ class PerturbedAttention(Scorer):
         _check.number(self, "highest", self.highest, self.temperature)
         _check.number(self, "growth", self.growth, 0)
         _check.integer(self, "seed", self.seed, 0, 2**63 - 1)
-
-    def queries_read(self, interval: int | None) -> int:
-        """Return the window."""
-        if interval is not None and interval > self.window:
-            raise BudgetError(
-                f"{self!r} counts every query, and its window holds {self.window} of the {interval} of an interval; "
-                f"write PerturbedAttention({interval}), or interval={self.window}"
-            )
-        return self.window
 
     def init(self, spec: LayerSpec, rows: int) -> StageState:
         """Return zero sums."""
@@ -161,7 +148,7 @@ class PerturbedAttention(Scorer):
 
         added = torch.zeros(b * h, s, dtype=view.compute_dtype, device=asked.device)
         for at, paid, _, _ in each_query(view, queries, asked, noise=drawn, temperature=temperature):
-            added[at] += paid.sum(1)
+            added[at] += paid.mean(1).sum(1)
         return StageState((state.slots[0] + added.view(b, h, s).to(torch.float32),))
 
     def score(self, view: View, state: StageState | None) -> Scores:

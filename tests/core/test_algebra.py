@@ -307,9 +307,7 @@ def test_plans() -> None:
     assert wide is not None
     assert wide.window == 100  # every query since the last eviction
     for scorer in (AccumulatedAttention(), LastAttended(), Recurrence(), PerturbedAttention()):
-        with pytest.raises(
-            BudgetError, match=r"its window holds 64 of the 65 of an interval; write \w+\((window=)?65\)"
-        ):
+        with pytest.raises(BudgetError, match=r"its window holds 64 of the 65 of an interval; write \w+\(window=65\)"):
             Policy(scorer >> TopK(256), interval=65).plan(ModelSpec(1))
     with pytest.raises(BudgetError, match="not larger than recent=64"):
         vase(64).plan(ModelSpec(1))

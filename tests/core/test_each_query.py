@@ -26,7 +26,8 @@ from kvpolicy import (
     TopK,
     View,
 )
-from kvpolicy.each_query import each_query, uncounted
+from kvpolicy.each_query import each_query
+from kvpolicy.scorers.every_query import uncounted
 from tests.core.test_scorers import GEN, QUERIES, SPEC, VIEW, B, G, H, S, W, probabilities, score
 from tests.core.views import view_of
 
@@ -35,14 +36,29 @@ from tests.core.views import view_of
 @pytest.mark.parametrize("workspace", [2**20, 9216], ids=["one block", "blocks of two queries"])
 def test_probabilities_of_each_query(extra: dict[str, object], workspace: int) -> None:
     view = dataclasses.replace(VIEW, workspace=workspace, **extra)
-    expected = probabilities(view, view.valid).mean(2).flatten(0, 1)
-    found, times = [torch.zeros(0, S)] * (B * H), [torch.zeros(0)] * (B * H)
+    expected = probabilities(view, view.valid).flatten(0, 1)
+    found, times = [torch.zeros(G, 0, S)] * (B * H), [torch.zeros(0)] * (B * H)
     for at, paid, seen, now in each_query(view, QUERIES, view.query_positions):
         assert torch.equal(seen, torch.arange(S) <= now[..., None])
         for row, pair in enumerate(range(B * H)[at]):
-            found[pair], times[pair] = torch.cat([found[pair], paid[row]]), torch.cat([times[pair], now[row]])
+            found[pair], times[pair] = torch.cat([found[pair], paid[row]], 1), torch.cat([times[pair], now[row]])
     assert torch.allclose(torch.stack(found).double(), expected)
     assert times[0].tolist() == list(range(S - W, S))
+    members: dict[int, list[torch.Tensor]] = {}
+    for at, paid, _, now in each_query(view, QUERIES, view.query_positions, whole=True):
+        assert now.shape[1] == W
+        for row, pair in enumerate(range(B * H)[at]):
+            members.setdefault(pair, []).append(paid[row, 0])
+    assert torch.allclose(torch.stack([torch.stack(members[pair]) for pair in range(B * H)]).double(), expected)
+
+
+def test_blocks_hold_the_keys_that_they_convert_and_what_is_made_of_them() -> None:
+    view = dataclasses.replace(VIEW, workspace=8 * (S * 8 * 8 + G * S * 8))
+    one = view.queries[:, :, -1:], view.query_positions[:, -1:]
+    assert [at.stop - at.start for at, *_ in each_query(view, *one)] == [1] * (B * H)
+    wide = dataclasses.replace(view, workspace=2 * view.workspace)
+    assert [at.stop - at.start for at, *_ in each_query(wide, *one)] == [2] * (B * H // 2)
+    assert [at.stop - at.start for at, *_ in each_query(wide, *one, further=64)] == [1] * (B * H)
 
 
 def test_only_queries_that_were_not_counted_are_named() -> None:
@@ -69,6 +85,17 @@ def test_equal_tokens_have_uniform_attention_whatever_rounding_says() -> None:
     view = dataclasses.replace(VIEW, keys=torch.ones_like(VIEW.keys) / 3)
     assert (score(AttentionCount(W), view).values == W).all()
     assert (score(LastAttended(W), view).values == S - 1).all()
+
+
+def test_a_share_is_that_many_however_sharp_a_query_is() -> None:
+    """All but one token get 0: the more recent ones of these fill the share."""
+    sharp = dataclasses.replace(VIEW, queries=QUERIES * 1e4)
+    *_, (at, paid, seen, now) = each_query(sharp, QUERIES * 1e4, sharp.query_positions)
+    assert (paid.mean(1) == 0).sum(-1).min() > S // 2
+    found = LastAttended(share=0.5).attended(paid.mean(1), seen, VIEW.positions.flatten(0, 1)[at])
+    assert torch.equal(found.sum(-1), (now + 1) // 2)
+    zero = found & (paid.mean(1) == 0)
+    assert (torch.where(zero, torch.arange(S), S).amin(-1) >= now - S // 2).all()
 
 
 def test_scores_decay_at_an_eviction_of_their_row_alone() -> None:
@@ -111,6 +138,11 @@ def test_output_errors() -> None:
     assert rated([2, 1, 1], values, fast=True) == pytest.approx([distance[0], distance[1] / 3, distance[2] / 3])
 
 
+def test_the_plain_mean_is_one_in_the_dtype_of_the_cache() -> None:
+    """The last token is the mean itself: thirds in float32 would add up to 4 more."""
+    assert rated([1, 1, 1], [[0.0, 0.0], [3e8, 0.0], [1.5e8, 0.0]], fast=True)[2] < 1e-3
+
+
 def test_output_errors_of_a_token_that_has_nearly_all() -> None:
     """Its change is its distance to what the others mix to, found without a difference of numbers near 1."""
     values = [[3.0, 0.0], [0.0, 4.0], [0.0, 4.0]]
@@ -121,7 +153,7 @@ def test_output_errors_of_a_token_that_has_nearly_all() -> None:
 
 def test_a_guard_of_scores_leaves_out_what_is_guarded() -> None:
     scores = Sinks(2).apply(Scores.of(VIEW, torch.arange(S).expand(B, H, S).flip(-1), weights=True), VIEW, None)
-    tiers = ScoreGuard(0.25).apply(scores, VIEW, None).tier[0, 0].tolist()
+    tiers = ScoreGuard(0.5).apply(scores, VIEW, None).tier[0, 0].tolist()
     assert tiers == [Tier.SINK] * 2 + [Tier.VALUE] * 3 + [Tier.CANDIDATE] * 13 + [Tier.RECENT] * 6
 
 

@@ -7,7 +7,21 @@ import dataclasses
 import pytest
 import torch
 
-from kvpolicy import BudgetError, KeyNorm, LayerSpec, ModelSpec, Policy, Prompt, Recency, Sinks, TopK, ValueGuard
+from kvpolicy import (
+    BudgetError,
+    KeyNorm,
+    LayerSpec,
+    MassGuard,
+    ModelSpec,
+    Policy,
+    Prompt,
+    Recency,
+    ScoreGuard,
+    Sinks,
+    TopK,
+    ValueGuard,
+    policies,
+)
 from kvpolicy.scores import Tier
 from kvpolicy.stage import Transform
 from tests.core.views import view_of
@@ -19,13 +33,19 @@ CASES: dict[str, tuple[Transform, int, int]] = {
     "more sinks than a guard has": (Sinks(10) >> ValueGuard(0.5), 12, 18),
     "both ends of a prompt": (Prompt(0.5) >> ValueGuard(0.5, sinks=2), 12, 22),
     "two ends, and sinks between": (Prompt(0.5) >> Sinks(9), 12, 15),
+    "scores are on top": (Sinks(3) >> ScoreGuard(0.6), 15, 15),
+    "sinks behind scores": (ScoreGuard(0.5) >> Sinks(8), 10, 18),
+    "scores and values": (Sinks(2) >> ScoreGuard(0.4) >> ValueGuard(0.25, sinks=0), 10, 16),
+    "most of the attention": (MassGuard(1.0), 0, 20),
+    "most of the attention, and sinks": (Sinks(3) >> MassGuard(1.0), 3, 23),
     "all of them": (Prompt(0.5) >> Sinks(2) >> ValueGuard(0.25, sinks=0), 12, 18),
 }
 
 
 def protected(guards: Transform, values: torch.Tensor, prompt: int) -> int:
     """Count the candidates that guards protect in a view."""
-    view = view_of(values, budget=BUDGET, recent=RECENT, prompt_length=torch.tensor([prompt]))
+    more = {"queries": torch.zeros(1, 1, 2, 4), "prompt_length": torch.tensor([prompt])}  # uniform attention
+    view = view_of(values, budget=BUDGET, recent=RECENT, **more)
     scorer = Recency() >> guards
     stages = list(scorer.leaves())
     spec = LayerSpec(1, 1, 4, 4, SLOTS, torch.float32, torch.device("cpu"))
@@ -58,3 +78,20 @@ def test_what_may_overflow_is_planned_and_what_must_is_refused() -> None:
     assert policy.plan(ModelSpec(1)).layers[0] is not None
     with pytest.raises(BudgetError, match="protects 60 slots and recent=50 more"):
         dataclasses.replace(policy, recent=50).plan(ModelSpec(1))
+
+
+def test_scores_come_on_top_of_what_is_guarded_before() -> None:
+    policy = Policy(KeyNorm() >> Sinks(10) >> ScoreGuard(0.6) >> TopK(20), recent=4)
+    assert policy.guarded(20) == (19, 19)
+    with pytest.raises(BudgetError, match=r"Sinks\(10\) and ScoreGuard\(0.6\) protect 19 slots and recent=4 more"):
+        policy.plan(ModelSpec(1))
+    beside = (KeyNorm() >> Sinks(10)) + (Recency() >> ScoreGuard(0.6))
+    assert Policy(beside >> TopK(20), recent=4).guarded(20) == (10, 19)
+
+
+def test_what_recipes_guard() -> None:
+    assert policies.criticalkv(1024).guarded(1024) == (480, 480)
+    assert policies.nacl(1024).guarded(1024) == (614 + 10, 614 + 10)
+    assert policies.defensivekv(1024).guarded(1024) == (0, 992)
+    with pytest.raises(BudgetError, match=r"write a share of at most 0\.9"):
+        policies.nacl(100, share=0.95, recent=10)

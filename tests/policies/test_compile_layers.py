@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from kvpolicy import LagRelative, LayerSpec, OutputNorm, OutputProjection, Policy, TopK, policies
+from kvpolicy import (
+    CompositionError,
+    LagRelative,
+    LayerSpec,
+    OutputNorm,
+    OutputProjection,
+    Policy,
+    Recency,
+    TopK,
+    policies,
+)
 from tests.core.views import view_of
 
 METHODS = {
@@ -48,6 +58,19 @@ def test_view_to_keep_is_one_graph() -> None:
         view = shown("cpu", seed)
         assert torch.equal(compiled(view, state)[0].mask, policy.select(view, state)[0].mask)
     assert counter.frame_count == 1
+
+
+def test_an_epsilon_is_not_added_to_logits() -> None:
+    view = shown("cpu")
+    stage = OutputNorm(5.0)
+    state = stage.update(view, stage.init(LayerSpec(2, 4, 8, 8, 32, torch.float32, torch.device("cpu")), 3))
+    logits = Recency().score(view, None)
+    assert not logits.weights
+    with pytest.raises(CompositionError, match=r"OutputNorm\(epsilon=5.0\) stands behind a scorer of logits"):
+        stage.apply(logits, view, state)
+    assert stage.apply(dataclasses.replace(logits, weights=True), view, state).weights
+    assert OutputNorm().needs == {"output_projection"}
+    assert OutputNorm(relative=True).needs == {"output_projection", "cross_heads"}
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -9,11 +9,23 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvpolicy import BudgetError, LagRelative, ModelSpec, ParameterError, Policy, View, policies
+from kvpolicy import (
+    BudgetError,
+    ExpectedAttention,
+    LagRelative,
+    ModelSpec,
+    ParameterError,
+    Policy,
+    TopK,
+    View,
+    policies,
+)
 from kvpolicy.testing import make_view
 from kvpolicy.testing.views import RowSpec, with_state
 
@@ -364,7 +376,7 @@ def expected_attention_of(view: View, row: int, head: int, *, window: int, futur
         shares = [a + x / sum(powers) / group for a, x in zip(shares, powers, strict=True)]
     norms = [math.sqrt(dot(v, v)) for v in (view.values[row, head, s].tolist() for s in slots)]
     found = {int(view.positions[row, head, s]): a * n for s, a, n in zip(slots, shares, norms, strict=True)}
-    return {**dict.fromkeys(range(sinks), 0.0), **found}
+    return {**dict.fromkeys(range(sinks), max(found.values())), **found}
 
 
 @pytest.mark.parametrize("prompt", [True, False])
@@ -381,7 +393,7 @@ def test_expected_attention(prompt: bool) -> None:
     if prompt:  # the numbers themselves, where the state is that of the whole view
         state = policy.chain.scorer.update(view, with_state(policy, view)[0])
         found = policy.chain.scorer.score(view, state).values
-        for s in held(view, 0, 1):
+        for s in held(view, 0, 1):  # the first tokens among them
             assert float(found[0, 1, s]) == pytest.approx(numbers[0][1][int(view.positions[0, 1, s])], rel=1e-5)
     assert kept(policy, view) == expected_sets(view, numbers, 11, 2)
 
@@ -390,3 +402,37 @@ def test_expected_attention(prompt: bool) -> None:
 def test_duo_attention_refuses_what_is_no_split(split: object) -> None:
     with pytest.raises(ParameterError, match="a row of booleans for each layer"):
         policies.duo_attention(1024, split)
+
+
+def test_expected_attention_keeps_the_first_tokens_that_it_leaves_out() -> None:
+    """Without any guard they are not the first to go."""
+    policy = Policy(ExpectedAttention(6, 5, sinks=2) >> TopK(7), recent=3)
+    assert all({0, 1} <= head for row in kept(policy, some_view(policy, tokens=17)) for head in row)
+
+
+class Largest(TorchDispatchMode):
+    """Note the largest tensor that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, torch.Tensor) and not func.is_view:
+                self.size = max(self.size, one.numel() * one.element_size())
+        return out
+
+
+def test_expected_attention_keeps_to_the_workspace() -> None:
+    """Queries are turned some heads at a time: nobody holds all of them in float64."""
+    policy = policies.expected_attention(11, window=32, future=300, sinks=2, recent=3)
+    rows = (RowSpec(40, 0, 40, 11),) * 6
+    options = {"window": 32, "recent": 3, "heads": 4, "group": 2, "head_dim": 16, "value_dim": 4, "generator": 5}
+    view = dataclasses.replace(make_view(rows=rows, dtype=torch.float32, **options), workspace=2**16)
+    scorer = policy.chain.scorer
+    state = scorer.update(view, with_state(policy, view)[0])
+    with Largest() as watch:
+        found = scorer.score(view, state)
+    assert watch.size <= 2**16 // 4
+    whole = scorer.score(dataclasses.replace(view, workspace=2**28), state)
+    torch.testing.assert_close(found.values, whole.values)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy import _check
-from kvpolicy.each_query import each_query, uncounted
-from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.each_query import each_query
+from kvpolicy.errors import ParameterError
 from kvpolicy.scorers.attention import newest
-from kvpolicy.scores import Scores
+from kvpolicy.scorers.every_query import EveryQuery, uncounted
+from kvpolicy.scores import Scores, order_key, part
 from kvpolicy.stage import Scorer
 from kvpolicy.view import LayerSpec, StageState, View
 
@@ -47,34 +48,23 @@ class _Attended(Scorer):
         """Return the window."""
         return self.window
 
-    def attended(self, paid: Tensor, seen: Tensor) -> Tensor:
-        """Return which slots each query attends to, of ``[n, w, S]`` probabilities and slots that it sees."""
+    @property
+    def _further(self) -> int:
+        """Return how many bytes are made of each probability: keys of 64 bits, and their order."""
+        return 0 if self.share is None else 24
+
+    def attended(self, paid: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        """Return which slots each query attends to, of ``[n, w, S]`` probabilities and slots that it sees.
+
+        Of a share it is exactly that many, the more recent of equal ones: one sharp query leaves 0 to most tokens.
+        """
         count = seen.sum(-1, keepdim=True)
         if self.share is not None:
-            rank = torch.floor(count.to(torch.float64) * self.share + 1e-9).to(torch.int64).clamp(min=1)
-            least = paid.sort(-1, descending=True).values.gather(-1, rank - 1)
-        elif self.threshold is not None:
-            return seen & (paid >= self.threshold * _SLACK)
-        else:
-            least = 1 / count.clamp(min=1).to(paid.dtype)
+            key = torch.where(seen, order_key(paid, positions[:, None]), -1)
+            rank = part(count, self.share).clamp(min=1)
+            return seen & (key >= key.sort(-1, descending=True).values.gather(-1, rank - 1))
+        least = self.threshold if self.threshold is not None else 1 / count.clamp(min=1).to(paid.dtype)
         return seen & (paid >= least * _SLACK)
-
-
-@dataclass(frozen=True, repr=False)
-class _EveryQuery(_Attended):
-    """Count every query once, as :class:`AccumulatedAttention` does."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "every_query"})
-
-    def queries_read(self, interval: int | None) -> int:
-        """Return the window."""
-        if interval is not None and interval > self.window:
-            name = type(self).__name__
-            raise BudgetError(
-                f"{self!r} counts every query, and its window holds {self.window} of the {interval} of an interval; "
-                f"write {name}(window={interval}), or interval={self.window}"
-            )
-        return self.window
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,8 +79,8 @@ class AttentionCount(_Attended):
     Args:
         window: how many of the newest queries are asked.
         threshold: a probability; where None, the uniform one, 1 over the slots that a query sees.
-        share: instead of a threshold, the part of those slots to which a query attends, the
-            ones with the highest probabilities.
+        share: instead of a threshold, the part of those slots to which a query attends, rounded down and 1 at
+            least: the ones with the highest probabilities, the more recent of equal ones.
 
     Source: Scissorhands (arXiv 2305.17118), whose importance record counts how often a token had
     less than uniform attention within a history window.
@@ -104,15 +94,15 @@ class AttentionCount(_Attended):
         """Return the counts, as weights."""
         queries, positions = newest(view, self.window)
         b, h, s = view.shape
-        low = torch.zeros(b * h, s, device=view.positions.device)
-        for at, paid, seen, _ in each_query(view, queries, positions):
-            low[at] += (seen & ~self.attended(paid, seen)).sum(1)
+        low, places = torch.zeros(b * h, s, device=view.positions.device), view.positions.flatten(0, 1)
+        for at, paid, seen, _ in each_query(view, queries, positions, further=self._further):
+            low[at] += (seen & ~self.attended(paid.mean(1), seen, places[at])).sum(1)
         asked = (positions >= 0).sum(-1)[:, None, None]
         return Scores.of(view, asked - low.view(b, h, s), weights=True)
 
 
 @dataclass(frozen=True, repr=False)
-class LastAttended(_EveryQuery):
+class LastAttended(EveryQuery, _Attended):
     """Score a token by the time when it was last attended to: least recently used leaves first.
 
     Time is counted in positions, and a token counts as attended to when it comes. Every query is
@@ -124,8 +114,8 @@ class LastAttended(_EveryQuery):
         window: queries that the window holds, at least the policy's interval.
         threshold: a query attends to tokens to which it gives at least this probability, averaged
             over the query heads of a group; where None, 1 over the slots that it sees.
-        share: instead of a threshold, the part of those slots to which a query attends, the
-            ones with the highest probabilities.
+        share: instead of a threshold, the part of those slots to which a query attends, rounded down and 1 at
+            least: the ones with the highest probabilities, the more recent of equal ones.
 
     Raises:
         BudgetError: when planned, the window is smaller than the interval.
@@ -145,9 +135,9 @@ class LastAttended(_EveryQuery):
         """Return the times after the queries that are new."""
         assert state is not None
         queries, positions = uncounted(view, self.window)
-        times = state.slots[0].flatten(0, 1).clone()
-        for at, paid, seen, now in each_query(view, queries, positions):
-            attended = self.attended(paid, seen)
+        times, places = state.slots[0].flatten(0, 1).clone(), view.positions.flatten(0, 1)
+        for at, paid, seen, now in each_query(view, queries, positions, further=self._further):
+            attended = self.attended(paid.mean(1), seen, places[at])
             times[at] = torch.maximum(times[at], torch.where(attended, now[..., None], 0).amax(1))
         return StageState((times.view(view.shape),))
 
@@ -158,7 +148,7 @@ class LastAttended(_EveryQuery):
 
 
 @dataclass(frozen=True, repr=False)
-class Recurrence(_EveryQuery):
+class Recurrence(EveryQuery, _Attended):
     """Score a token by how likely it is attended to again, given the longest pause it has made so far.
 
     With ``age`` the tokens since it was last attended to, and ``pause`` the longest time between
@@ -173,8 +163,8 @@ class Recurrence(_EveryQuery):
         window: queries that the window holds, at least the policy's interval.
         threshold: a query attends to tokens to which it gives at least this probability, averaged
             over the query heads of a group; where None, 1 over the slots that it sees.
-        share: instead of a threshold, the part of those slots to which a query attends, the
-            ones with the highest probabilities.
+        share: instead of a threshold, the part of those slots to which a query attends, rounded down and 1 at
+            least: the ones with the highest probabilities, the more recent of equal ones.
 
     Raises:
         BudgetError: when planned, the window is smaller than the interval.
@@ -200,8 +190,9 @@ class Recurrence(_EveryQuery):
         began = torch.where(first < far, torch.maximum(view.positions, first) + 1, 0)
         held = torch.where(view.valid & (state.slots[0] == 0), began, state.slots[0]).to(torch.int32)
         times, pauses = held.flatten(0, 1).clone(), state.slots[1].flatten(0, 1).clone()
-        for at, paid, seen, now in each_query(view, queries, positions):
-            moments = torch.where(self.attended(paid, seen), now[..., None] + 2, 0)
+        places = view.positions.flatten(0, 1)
+        for at, paid, seen, now in each_query(view, queries, positions, further=self._further):
+            moments = torch.where(self.attended(paid.mean(1), seen, places[at]), now[..., None] + 2, 0)
             latest = torch.cat([times[at, None], moments], 1).cummax(1).values
             pause = torch.where(moments > 0, moments - latest[:, :-1], 0).amax(1)
             pauses[at] = torch.maximum(pauses[at], pause)

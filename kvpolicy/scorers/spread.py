@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvpolicy import _check
-from kvpolicy.each_query_head import each_query_head
-from kvpolicy.errors import ParameterError
-from kvpolicy.scorers.attention import smooth
+from kvpolicy.each_query import each_query
+from kvpolicy.scorers.attention import newest, smooth
 from kvpolicy.scores import Scores
 from kvpolicy.stage import Scorer
 from kvpolicy.view import StageState, View
 
-__all__ = ["SpreadAttention", "WorstAttention", "preference"]
+__all__ = ["SpreadAttention", "WorstAttention", "moments"]
 
 _TINY = 1e-30
 
@@ -49,7 +48,7 @@ class SpreadAttention(Scorer):
 
     def __post_init__(self) -> None:
         _check.integer(self, "window", self.window, 2)
-        _check_pool(self, self.pool)
+        _check.odd(self, "pool", self.pool)
         _check.number(self, "gamma", self.gamma, 0)
 
     def queries_read(self, interval: int | None) -> int:
@@ -60,8 +59,8 @@ class SpreadAttention(Scorer):
         """Return the mixture of mean and variance, as weights."""
         b, h, s = view.shape
         amount = torch.zeros(b * h, s, dtype=view.compute_dtype, device=view.positions.device)
-        for at, shares, there in each_query_head(view, self.window):
-            mean, variance = _moments(shares, there)
+        for at, shares, _, positions in each_query(view, *newest(view, self.window), whole=True):
+            mean, variance = moments(shares[:, 0], positions >= 0)
             amount[at] += mean + self.gamma * variance
         assert view.queries is not None
         amount = amount.view(b, h, s) / (view.queries.shape[1] // h)
@@ -94,7 +93,7 @@ class WorstAttention(Scorer):
 
     def __post_init__(self) -> None:
         _check.integer(self, "window", self.window, 1)
-        _check_pool(self, self.pool)
+        _check.odd(self, "pool", self.pool)
 
     def queries_read(self, interval: int | None) -> int:
         """Return the window."""
@@ -107,7 +106,8 @@ class WorstAttention(Scorer):
         count = view.num_candidates.flatten()[:, None]
         inside = torch.arange(s, device=slots.device) < count
         worst = torch.zeros(b * h, s, dtype=view.compute_dtype, device=slots.device)  # in position order
-        for at, shares, _ in each_query_head(view, self.window):
+        for at, paid, *_ in each_query(view, *newest(view, self.window), whole=True):
+            shares = paid[:, 0]
             ordered = shares.gather(-1, slots[at, None].expand_as(shares))
             ordered = torch.where(inside[at, None], ordered, 0)
             pooled = F.avg_pool1d(ordered, self.pool, stride=1, padding=self.pool // 2)
@@ -119,42 +119,9 @@ class WorstAttention(Scorer):
         return Scores.of(view, torch.zeros_like(raised).scatter(-1, slots, raised).view(b, h, s), weights=True)
 
 
-def preference(view: View, window: int = 32, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
-    """Return how much each row, one layer, prefers to keep: entropy and variance of its attention.
-
-    ``H ** (1 / tau1) * V ** (1 / tau2)``: the entropy of what the newest queries pay the candidates, and its
-    variance over the queries, each summed over query heads.
-
-    Args:
-        view: with queries.
-        window: how many of the newest are asked.
-        tau1: of the entropy.
-        tau2: of the variance.
-
-    Returns:
-        ``[B]``, in ``view.compute_dtype``.
-    """
-    b, h, _ = view.shape
-    entropy = torch.zeros(b * h, dtype=view.compute_dtype, device=view.positions.device)
-    variance = torch.zeros_like(entropy)
-    candidates = view.candidates.flatten(0, 1)
-    for at, shares, there in each_query_head(view, window):
-        shares = torch.where(candidates[at, None], shares, 0)
-        entropy[at] -= (shares * torch.log(shares + 1e-10)).sum((1, 2))
-        variance[at] += _moments(shares, there)[1].sum(-1)
-    totals = [view.reduce_heads(one.view(b, h).sum(-1)) for one in (entropy, variance)]
-    return totals[0] ** (1 / tau1) * totals[1] ** (1 / tau2)
-
-
-def _moments(shares: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+def moments(shares: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance over the queries that are there, ``[N, S]`` each; 0 where they are too few."""
     count = there.sum(-1)[:, None]
     mean = shares.sum(1) / count.clamp(min=1)
     apart = torch.where(there[..., None], shares - mean[:, None], 0)
     return mean, apart.square().sum(1) / (count - 1).clamp(min=1)
-
-
-def _check_pool(owner: Scorer, pool: int) -> None:
-    _check.integer(owner, "pool", pool, 1)
-    if pool % 2 == 0:
-        raise ParameterError(f"{type(owner).__name__}(pool={pool}): pool must be odd, such as {pool + 1}")
