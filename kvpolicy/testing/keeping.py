@@ -28,6 +28,8 @@ from kvpolicy.testing.views import RowSpec, ViewSpec
 from kvpolicy.view import View
 
 __all__ = [
+    "assert_guarded",
+    "assert_recent",
     "check_budget",
     "check_edges",
     "check_guards",
@@ -94,14 +96,16 @@ def check_victims(policy: EvictionPolicy) -> None:
 def check_recent(policy: EvictionPolicy) -> None:
     """Check that the last ``recent`` tokens of a row stay in every head."""
 
-    def test(case: Case) -> None:
-        view = case.view
-        newest = view.valid & (view.positions >= (view.seen - view.recent)[:, None, None])
-        gone = (newest & ~case.keep.mask).nonzero().tolist()
-        at = [(row, head, int(view.positions[row, head, slot])) for row, head, slot in gone]
-        assert not at, f"recent={view.recent}, and (row, head, position) {at[:4]} were dropped"
+    _for_views(policy, assert_recent, "check_recent")
 
-    _for_views(policy, test, "check_recent")
+
+def assert_recent(case: Case) -> None:
+    """Assert that the last ``recent`` tokens of a row stay in every head."""
+    view = case.view
+    newest = view.valid & (view.positions >= (view.seen - view.recent)[:, None, None])
+    gone = (newest & ~case.keep.mask).nonzero().tolist()
+    at = [(row, head, int(view.positions[row, head, slot])) for row, head, slot in gone]
+    assert not at, f"recent={view.recent}, and (row, head, position) {at[:4]} were dropped"
 
 
 @check
@@ -114,17 +118,19 @@ def check_guards(policy: EvictionPolicy) -> None:
     if not isinstance(policy, Policy):
         return
 
-    def test(case: Case) -> None:
-        tier, view, keep = tiers(policy, case), case.view, case.keep.mask
-        dropped = torch.where(view.valid & ~keep, tier, -1).amax(-1)
-        lowest = torch.where(keep, tier, 99).amin(-1)
-        for row, head in (dropped > lowest).nonzero().tolist():
-            raise AssertionError(
-                f"row {row}, head {head} drops a slot of tier {int(dropped[row, head])} and keeps "
-                f"one of tier {int(lowest[row, head])}"
-            )
+    _for_views(policy, lambda case: assert_guarded(policy, case), "check_guards")
 
-    _for_views(policy, test, "check_guards")
+
+def assert_guarded(policy: Policy, case: Case) -> None:
+    """Assert that no slot is dropped while one of a lower protection tier is kept."""
+    tier, view, keep = tiers(policy, case), case.view, case.keep.mask
+    dropped = torch.where(view.valid & ~keep, tier, -1).amax(-1)
+    lowest = torch.where(keep, tier, 99).amin(-1)
+    for row, head in (dropped > lowest).nonzero().tolist():
+        raise AssertionError(
+            f"row {row}, head {head} drops a slot of tier {int(dropped[row, head])} and keeps "
+            f"one of tier {int(lowest[row, head])}"
+        )
 
 
 def tiers(policy: Policy, case: Case) -> Tensor:
