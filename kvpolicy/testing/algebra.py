@@ -81,7 +81,10 @@ def stages(draw: DrawFn, kind: type[_T], **values: SearchStrategy[Any]) -> _T:
     """
     hints = get_type_hints(kind)
     fields = [field for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
-    chosen = {field.name: draw(values.get(field.name) or _values(kind, field, hints[field.name])) for field in fields}
+    chosen = {
+        field.name: draw(values[field.name] if field.name in values else _values(kind, field, hints[field.name]))
+        for field in fields
+    }
     try:
         return kind(**chosen)
     except ParameterError:  # parameters that exclude each other
@@ -94,7 +97,7 @@ def _values(kind: type, field: dataclasses.Field[Any], hint: Any) -> SearchStrat
         known = _VALUES[field.name]
         return st.sampled_from((None, *known) if first == (None,) else known)
     if get_origin(hint) is Literal:
-        return st.sampled_from(dict.fromkeys((*first, *get_args(hint))))
+        return st.sampled_from(tuple(dict.fromkeys((*first, *get_args(hint)))))
     if hint is bool:
         return st.sampled_from((*first, not first[0]) if first else (False, True))
     if first:

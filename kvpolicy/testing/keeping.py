@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpolicy.errors import BindError, KVPolicyError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.scores import Scores
-from kvpolicy.stage import Transform
+from kvpolicy.stage import Piped, Scorer, Transform
 from kvpolicy.testing.changes import permuted_slots
 from kvpolicy.testing.kept import (
     Case,
@@ -25,7 +25,7 @@ from kvpolicy.testing.kept import (
 from kvpolicy.testing.running import check, for_all
 from kvpolicy.testing.strategies import NOT_FINITE, view_specs_for
 from kvpolicy.testing.views import RowSpec, ViewSpec
-from kvpolicy.view import View
+from kvpolicy.view import State, View
 
 __all__ = [
     "assert_guarded",
@@ -134,9 +134,10 @@ def assert_guarded(policy: Policy, case: Case) -> None:
 
 
 def tiers(policy: Policy, case: Case) -> Tensor:
-    """Return the protection tier of each slot, ``[B, H, S]``: what each transform says by itself.
+    """Return the protection tier of each slot, ``[B, H, S]``: the highest that any transform gives it.
 
-    Transforms of the chain are told the scores that stand before them, and no tier of another one.
+    A transform is told the scores and the tiers that stand before it, as a guard of the highest scores among
+    those that no other one protects must be.
     """
     view, chain = case.view, policy.chain
     assert chain.scorer is not None
@@ -144,17 +145,27 @@ def tiers(policy: Policy, case: Case) -> Tensor:
         stage.update(view.at(index), held)
         for index, (stage, held) in enumerate(zip(policy.stages, case.state, strict=True))
     )
-    scores = chain.scorer.score_with(view.at(0), states)
-    plain = Scores.of(view, scores.values, weights=True)
-    flat, tier, inner = torch.zeros(view.shape), plain.tier, sum(1 for _ in chain.scorer.leaves())
-    for index, stage in enumerate(policy.stages):
-        if not isinstance(stage, Transform):
-            continue
-        given = scores if index >= inner else plain.replace(flat, weights=True)
-        said = stage.apply(dataclasses.replace(given, tier=plain.tier), view.at(index), states[index])
-        tier = torch.maximum(tier, said.tier)
-        scores = said if index >= inner else scores
-    return tier
+    scorer = chain.scorer if chain.transform is None else Piped(chain.scorer, chain.transform)
+    return _with_tiers(scorer, view, states, 0).tier
+
+
+def _with_tiers(node: Scorer, view: View, states: State, at: int) -> Scores:
+    """Return what a scorer says, whose first leaf is number ``at``; a tier is never lowered on the way."""
+    if isinstance(node, Piped):
+        scores = _with_tiers(node.scorer, view, states, at)
+        at += sum(1 for _ in node.scorer.leaves())
+        for number, step in enumerate(node.transform.leaves(), at):
+            assert isinstance(step, Transform)
+            said = step.apply(scores, view.at(number), states[number])
+            scores = dataclasses.replace(said, tier=torch.maximum(scores.tier, said.tier))
+        return scores
+    scores = node.score_with(view.at(at), states)
+    for part in node.parts():
+        assert isinstance(part, Scorer)
+        inner = _with_tiers(part, view, states, at)
+        scores = dataclasses.replace(scores, tier=torch.maximum(scores.tier, inner.tier))
+        at += sum(1 for _ in part.leaves())
+    return scores
 
 
 @check
