@@ -17,6 +17,7 @@ Views are drawn by hypothesis, which comes with ``pip install kvpolicy[testing]`
 
 from kvpolicy.testing import strategies
 from kvpolicy.testing.checks import CHECKS, check_policy, check_stage
+from kvpolicy.testing.machine import cache_machine
 from kvpolicy.testing.marks import parametrize_with_checks
 from kvpolicy.testing.oracle import MaskedCache
 from kvpolicy.testing.outcome import Outcome, examples, outcomes
@@ -29,6 +30,7 @@ __all__ = [
     "Outcome",
     "RowSpec",
     "ViewSpec",
+    "cache_machine",
     "check_policy",
     "check_stage",
     "examples",

@@ -16,6 +16,7 @@ from kvpolicy.testing.changes import permuted_slots
 from kvpolicy.testing.kept import (
     Case,
     assert_counts,
+    assert_recent,
     assert_same,
     assert_sound,
     assert_valid,
@@ -29,7 +30,6 @@ from kvpolicy.view import State, View
 
 __all__ = [
     "assert_guarded",
-    "assert_recent",
     "check_budget",
     "check_edges",
     "check_guards",
@@ -97,15 +97,6 @@ def check_recent(policy: EvictionPolicy) -> None:
     """Check that the last ``recent`` tokens of a row stay in every head."""
 
     _for_views(policy, assert_recent, "check_recent")
-
-
-def assert_recent(case: Case) -> None:
-    """Assert that the last ``recent`` tokens of a row stay in every head."""
-    view = case.view
-    newest = view.valid & (view.positions >= (view.seen - view.recent)[:, None, None])
-    gone = (newest & ~case.keep.mask).nonzero().tolist()
-    at = [(row, head, int(view.positions[row, head, slot])) for row, head, slot in gone]
-    assert not at, f"recent={view.recent}, and (row, head, position) {at[:4]} were dropped"
 
 
 @check

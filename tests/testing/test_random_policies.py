@@ -15,8 +15,8 @@ from kvpolicy import Policy, registry
 from kvpolicy.testing import strategies
 from kvpolicy.testing.caches import same_as_masked, scripts
 from kvpolicy.testing.changes import permuted_slots, refilled, selected_heads, selected_rows, widened
-from kvpolicy.testing.keeping import assert_guarded, assert_recent
-from kvpolicy.testing.kept import Case, assert_same, assert_sound, select
+from kvpolicy.testing.keeping import assert_guarded
+from kvpolicy.testing.kept import Case, assert_recent, assert_same, assert_sound, select
 from kvpolicy.testing.strategies import NOT_FINITE, view_specs_for
 
 COUNT = int(os.environ.get("KVPOLICY_POLICIES", "100"))
