@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -49,6 +50,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+@functools.cache
 def registered(role: type[_T], package: str = "kvpolicy") -> tuple[type[_T], ...]:
     """Return the registered stages of a role that a package declares, by name.
 
@@ -79,11 +81,9 @@ def stages(draw: DrawFn, kind: type[_T], **values: SearchStrategy[Any]) -> _T:
     >>> stages(Attention).example().window <= 6  # doctest: +SKIP
     True
     """
-    hints = get_type_hints(kind)
-    fields = [field for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
     chosen = {
-        field.name: draw(values[field.name] if field.name in values else _values(kind, field, hints[field.name]))
-        for field in fields
+        name: draw(values[name] if name in values else _values(kind, field, hint))
+        for name, (field, hint) in _fields(kind).items()
     }
     try:
         return kind(**chosen)
@@ -91,6 +91,14 @@ def stages(draw: DrawFn, kind: type[_T], **values: SearchStrategy[Any]) -> _T:
         reject()
 
 
+@functools.cache
+def _fields(kind: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Return the parameters of a dataclass and their types, which take long to read."""
+    hints = get_type_hints(kind)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(kind) if field.init}
+
+
+@functools.cache
 def _values(kind: type, field: dataclasses.Field[Any], hint: Any) -> SearchStrategy[Any]:
     first = () if field.default is dataclasses.MISSING else (field.default,)
     if field.name in _VALUES:
@@ -106,6 +114,7 @@ def _values(kind: type, field: dataclasses.Field[Any], hint: Any) -> SearchStrat
     raise TypeError(f"{name}.{field.name}: no values are known; write stages({name}, {field.name}=a strategy)")
 
 
+@functools.cache
 def budgets(low: int = 1, high: int = 16) -> SearchStrategy[int | Allocator]:
     """Draw what ``TopK`` takes: slots, or an allocator that shares them out over three layers."""
     slots = st.integers(low, high)
@@ -123,6 +132,7 @@ def budgets(low: int = 1, high: int = 16) -> SearchStrategy[int | Allocator]:
     return st.one_of(slots, *map(shared, registered(Allocator)))  # type: ignore[type-abstract]
 
 
+@functools.cache
 def scorers() -> SearchStrategy[Scorer]:
     """Draw a scorer: one of those that kvpolicy has, or a mixture of them."""
     return st.recursive(_one_of(registered(Scorer)), _mixtures, max_leaves=3)
@@ -142,6 +152,7 @@ def _mixtures(inner: SearchStrategy[Scorer]) -> SearchStrategy[Scorer]:
     )
 
 
+@functools.cache
 def transforms() -> SearchStrategy[Transform]:
     """Draw a guard, a sampler, a normalisation or another of kvpolicy's transforms."""
     return _one_of(registered(Transform))
