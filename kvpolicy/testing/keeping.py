@@ -95,7 +95,6 @@ def check_victims(policy: EvictionPolicy) -> None:
 @check
 def check_recent(policy: EvictionPolicy) -> None:
     """Check that the last ``recent`` tokens of a row stay in every head."""
-
     _for_views(policy, assert_recent, "check_recent")
 
 
@@ -184,7 +183,7 @@ def check_not_finite(policy: EvictionPolicy) -> None:
 
 @check
 def check_edges(policy: EvictionPolicy) -> None:
-    """Check empty rows, a single slot, budgets beyond the length, and rows of every kind at once."""
+    """Check that empty rows, a single slot, budgets beyond the length and all of them at once are answered rightly."""
     plan = first_plan(policy)
     if plan is None:
         return

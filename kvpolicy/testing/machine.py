@@ -296,9 +296,10 @@ class CacheMachine(RuleBasedStateMachine):
 
 def _refused(said: str, ask: Callable[[], None]) -> None:
     """Assert that a UsageError says this."""
+    found = None
     try:
         ask()
     except UsageError as error:
-        assert said in str(error), str(error)
-        return
-    raise AssertionError(f"nothing was refused; a UsageError should say {said!r}")
+        found = str(error)
+    assert found is not None, f"nothing was refused; a UsageError should say {said!r}"
+    assert said in found, found

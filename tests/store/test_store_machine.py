@@ -47,7 +47,7 @@ UNSHRUNK = settings(max_examples=40, stateful_step_count=15, deadline=None, phas
 
 @pytest.mark.parametrize("make", [broken.OneTooFew, broken.KeepsFreeSlots, broken.DropsRecent])
 def test_a_broken_policy_is_found(make: type[broken.KeepLargestValues]) -> None:
-    with pytest.raises(Exception, match="slots|recent"):
+    with pytest.raises(Exception, match=r"slots|recent"):
         run_state_machine_as_test(cache_machine(make), settings=UNSHRUNK)
 
 

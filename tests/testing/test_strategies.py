@@ -9,7 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy import ModelSpec, OutputProjection, Policy, Prompt, Scores, Sinks, Tier, TopK, ValueGuard, View, select_top
+from kvpolicy import (
+    ModelSpec,
+    OutputProjection,
+    Policy,
+    Prompt,
+    Scores,
+    Sinks,
+    Tier,
+    TopK,
+    ValueGuard,
+    View,
+    select_top,
+)
 from kvpolicy.eviction import LogitSpec, evict
 from kvpolicy.row import Row
 from kvpolicy.scorers import AccumulatedAttention, KeyNorm
@@ -19,7 +31,6 @@ from kvpolicy.testing.keeping import tiers
 from kvpolicy.testing.kept import assert_sound, select
 from kvpolicy.testing.strategies import view_specs
 from kvpolicy.testing.views import history, layer_spec
-
 
 # Guards, against a second implementation
 
