@@ -63,7 +63,7 @@ def registered(role: type[_T], package: str = "kvpolicy") -> tuple[type[_T], ...
 
 
 @st.composite
-def stages(draw: DrawFn, kind: type[_T], **values: SearchStrategy[Any]) -> _T:
+def stages(draw: DrawFn, /, kind: type[_T], **values: SearchStrategy[Any]) -> _T:
     """Draw a stage or an allocator of one class, with small parameters that it allows.
 
     Each field is drawn by its name (``window``, ``share``, ``seed`` and so on), or as one of the words of its
@@ -82,9 +82,10 @@ def stages(draw: DrawFn, kind: type[_T], **values: SearchStrategy[Any]) -> _T:
     >>> find(stages(Sinks), lambda stage: stage.n > 1)
     Sinks(2)
     """
+    known: Any = kind  # a class is hashable, which the types of caches do not see
     chosen = {
-        name: draw(values[name] if name in values else _values(kind, field, hint))
-        for name, (field, hint) in _fields(kind).items()
+        name: draw(values[name] if name in values else _values(known, field, hint))
+        for name, (field, hint) in _fields(known).items()
     }
     try:
         return kind(**chosen)
@@ -130,7 +131,7 @@ def budgets(low: int = 1, high: int = 16) -> SearchStrategy[int | Allocator]:
         own = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
         return stages(kind, **{name: values for name, values in known.items() if name in own})
 
-    return st.one_of(slots, *map(shared, registered(Allocator)))  # type: ignore[type-abstract]
+    return st.one_of(slots, *map(shared, registered(Allocator)))
 
 
 @functools.cache
