@@ -51,7 +51,8 @@ class OutputError(Transform):
         # numbers near 1; and values are measured from its own.
         largest = share.argmax(-1, keepdim=True)
         others = torch.where(torch.arange(s, device=share.device) == largest, 0, share).sum(-1, keepdim=True)
-        rest = (1 - share).scatter(-1, largest, others)
+        # Of several with the largest share, slots would say which one it is: all of them have the same rest.
+        rest = torch.where(share == share.gather(-1, largest), others, 1 - share)
         distance = torch.empty(b * h, s, dtype=dtype, device=share.device)
         values, held, at_largest = view.values.flatten(0, 1), valid.flatten(0, 1), largest.flatten(0, 1)
         # Divided in the dtype of the view: a bool over an integer would be float32.

@@ -17,16 +17,20 @@ Views are drawn by hypothesis, which comes with ``pip install kvpolicy[testing]`
 
 from kvpolicy.testing import strategies
 from kvpolicy.testing.checks import CHECKS, check_policy, check_stage
+from kvpolicy.testing.machine import cache_machine
 from kvpolicy.testing.marks import parametrize_with_checks
+from kvpolicy.testing.oracle import MaskedCache
 from kvpolicy.testing.outcome import Outcome, examples, outcomes
 from kvpolicy.testing.views import Data, RowSpec, ViewSpec, make_view, with_state
 
 __all__ = [
     "CHECKS",
     "Data",
+    "MaskedCache",
     "Outcome",
     "RowSpec",
     "ViewSpec",
+    "cache_machine",
     "check_policy",
     "check_stage",
     "examples",

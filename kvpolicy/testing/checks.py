@@ -43,6 +43,7 @@ _ALL: tuple[Check, ...] = (
     symmetry.check_free_slots,
     keeping.check_not_finite,
     caches.check_store,
+    caches.check_oracle,
     caches.check_caches_apart,
 )
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from kvpolicy.errors import BindError, KVPolicyError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Plan, Policy
 from kvpolicy.scores import Scores
-from kvpolicy.stage import Transform
+from kvpolicy.stage import Piped, Scorer, Transform
 from kvpolicy.testing.changes import permuted_slots
 from kvpolicy.testing.kept import (
     Case,
     assert_counts,
+    assert_recent,
     assert_same,
     assert_sound,
     assert_valid,
@@ -25,9 +26,10 @@ from kvpolicy.testing.kept import (
 from kvpolicy.testing.running import check, for_all
 from kvpolicy.testing.strategies import NOT_FINITE, view_specs_for
 from kvpolicy.testing.views import RowSpec, ViewSpec
-from kvpolicy.view import View
+from kvpolicy.view import State, View
 
 __all__ = [
+    "assert_guarded",
     "check_budget",
     "check_edges",
     "check_guards",
@@ -93,15 +95,7 @@ def check_victims(policy: EvictionPolicy) -> None:
 @check
 def check_recent(policy: EvictionPolicy) -> None:
     """Check that the last ``recent`` tokens of a row stay in every head."""
-
-    def test(case: Case) -> None:
-        view = case.view
-        newest = view.valid & (view.positions >= (view.seen - view.recent)[:, None, None])
-        gone = (newest & ~case.keep.mask).nonzero().tolist()
-        at = [(row, head, int(view.positions[row, head, slot])) for row, head, slot in gone]
-        assert not at, f"recent={view.recent}, and (row, head, position) {at[:4]} were dropped"
-
-    _for_views(policy, test, "check_recent")
+    _for_views(policy, assert_recent, "check_recent")
 
 
 @check
@@ -114,23 +108,26 @@ def check_guards(policy: EvictionPolicy) -> None:
     if not isinstance(policy, Policy):
         return
 
-    def test(case: Case) -> None:
-        tier, view, keep = tiers(policy, case), case.view, case.keep.mask
-        dropped = torch.where(view.valid & ~keep, tier, -1).amax(-1)
-        lowest = torch.where(keep, tier, 99).amin(-1)
-        for row, head in (dropped > lowest).nonzero().tolist():
-            raise AssertionError(
-                f"row {row}, head {head} drops a slot of tier {int(dropped[row, head])} and keeps "
-                f"one of tier {int(lowest[row, head])}"
-            )
+    _for_views(policy, lambda case: assert_guarded(policy, case), "check_guards")
 
-    _for_views(policy, test, "check_guards")
+
+def assert_guarded(policy: Policy, case: Case) -> None:
+    """Assert that no slot is dropped while one of a lower protection tier is kept."""
+    tier, view, keep = tiers(policy, case), case.view, case.keep.mask
+    dropped = torch.where(view.valid & ~keep, tier, -1).amax(-1)
+    lowest = torch.where(keep, tier, 99).amin(-1)
+    for row, head in (dropped > lowest).nonzero().tolist():
+        raise AssertionError(
+            f"row {row}, head {head} drops a slot of tier {int(dropped[row, head])} and keeps "
+            f"one of tier {int(lowest[row, head])}"
+        )
 
 
 def tiers(policy: Policy, case: Case) -> Tensor:
-    """Return the protection tier of each slot, ``[B, H, S]``: what each transform says by itself.
+    """Return the protection tier of each slot, ``[B, H, S]``: the highest that any transform gives it.
 
-    Transforms of the chain are told the scores that stand before them, and no tier of another one.
+    A transform is told the scores and the tiers that stand before it, as a guard of the highest scores among
+    those that no other one protects must be.
     """
     view, chain = case.view, policy.chain
     assert chain.scorer is not None
@@ -138,17 +135,27 @@ def tiers(policy: Policy, case: Case) -> Tensor:
         stage.update(view.at(index), held)
         for index, (stage, held) in enumerate(zip(policy.stages, case.state, strict=True))
     )
-    scores = chain.scorer.score_with(view.at(0), states)
-    plain = Scores.of(view, scores.values, weights=True)
-    flat, tier, inner = torch.zeros(view.shape), plain.tier, sum(1 for _ in chain.scorer.leaves())
-    for index, stage in enumerate(policy.stages):
-        if not isinstance(stage, Transform):
-            continue
-        given = scores if index >= inner else plain.replace(flat, weights=True)
-        said = stage.apply(dataclasses.replace(given, tier=plain.tier), view.at(index), states[index])
-        tier = torch.maximum(tier, said.tier)
-        scores = said if index >= inner else scores
-    return tier
+    scorer = chain.scorer if chain.transform is None else Piped(chain.scorer, chain.transform)
+    return _with_tiers(scorer, view, states, 0).tier
+
+
+def _with_tiers(node: Scorer, view: View, states: State, at: int) -> Scores:
+    """Return what a scorer says, whose first leaf is number ``at``; a tier is never lowered on the way."""
+    if isinstance(node, Piped):
+        scores = _with_tiers(node.scorer, view, states, at)
+        at += sum(1 for _ in node.scorer.leaves())
+        for number, step in enumerate(node.transform.leaves(), at):
+            assert isinstance(step, Transform)
+            said = step.apply(scores, view.at(number), states[number])
+            scores = dataclasses.replace(said, tier=torch.maximum(scores.tier, said.tier))
+        return scores
+    scores = node.score_with(view.at(at), states)
+    for part in node.parts():
+        assert isinstance(part, Scorer)
+        inner = _with_tiers(part, view, states, at)
+        scores = dataclasses.replace(scores, tier=torch.maximum(scores.tier, inner.tier))
+        at += sum(1 for _ in part.leaves())
+    return scores
 
 
 @check
@@ -176,7 +183,7 @@ def check_not_finite(policy: EvictionPolicy) -> None:
 
 @check
 def check_edges(policy: EvictionPolicy) -> None:
-    """Check empty rows, a single slot, budgets beyond the length, and rows of every kind at once."""
+    """Check that empty rows, a single slot, budgets beyond the length and all of them at once are answered rightly."""
     plan = first_plan(policy)
     if plan is None:
         return

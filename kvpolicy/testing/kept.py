@@ -16,6 +16,7 @@ __all__ = [
     "Case",
     "Kept",
     "assert_counts",
+    "assert_recent",
     "assert_same",
     "assert_sound",
     "assert_valid",
@@ -91,6 +92,15 @@ def assert_counts(view: View, keep: Keep) -> None:
             f"{int(view.budget[row, head])} and {int(view.lengths[row, head])} hold tokens, so that "
             f"{int(due[row, head])} must stay"
         )
+
+
+def assert_recent(case: Case) -> None:
+    """Assert that the last ``recent`` tokens of a row stay in every head."""
+    view = case.view
+    newest = view.valid & (view.positions >= (view.seen - view.recent)[:, None, None])
+    gone = (newest & ~case.keep.mask).nonzero().tolist()
+    at = [(row, head, int(view.positions[row, head, slot])) for row, head, slot in gone]
+    assert not at, f"recent={view.recent}, and (row, head, position) {at[:4]} were dropped"
 
 
 def assert_victims(view: View, keep: Keep) -> None:

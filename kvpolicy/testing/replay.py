@@ -1,4 +1,4 @@
-"""A conversation of random tokens, told to a store and to a cache that is too simple to be wrong."""
+"""A conversation of random tokens, told to a store."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from kvpolicy.eviction import LogitSpec, evict, fill_from
-from kvpolicy.output import OutputProjection
 from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
 from kvpolicy.ragged import new_store
 from kvpolicy.row import Row
-from kvpolicy.scores import Keep
-from kvpolicy.testing.kept import Case
-from kvpolicy.view import LayerSpec, StageState, State, View
+from kvpolicy.view import LayerSpec
 
-__all__ = ["Event", "OrderedCache", "Script", "StoreCache", "Tokens"]
+__all__ = ["Event", "Script", "StoreCache", "Tokens"]
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,7 @@ class StoreCache:
             if filling:
                 held_keys, held_values = store.in_use(index)
                 keys, values = torch.cat([held_keys, keys], 2), torch.cat([held_values, values], 2)
-                logits = dataclasses.replace(self.logits, output=self.output[index : index + 1])
-                fill_from(store, index, keys, values, counts, after, logits)
+                fill_from(store, index, keys, values, counts, after, self.logits_of(layer))
             else:
                 store.append(index, keys, values, counts)
         seen = tuple(row.seen for row in after)
@@ -145,134 +142,36 @@ class StoreCache:
             evict(store, over, self.logits)
         return Event(seen, asked, over if asked else (False,) * len(over))
 
+    def logits_of(self, layer: int) -> LogitSpec:
+        """Return what the attention of one layer of the model does."""
+        index = self.layers.index(layer)
+        return dataclasses.replace(self.logits, output=self.output[index : index + 1])
+
     def kept(self, layer: int, request: int) -> tuple[frozenset[int], ...]:
         """Return the positions that each head of a row holds; some may not be settled yet."""
         self.store.settle()
         heads = self.store.in_order(self.layers.index(layer))[request].tolist()
         return tuple(frozenset(head) - {-1} for head in heads)
 
+    def attend(self, layer: int, request: int, query: Tensor) -> Tensor:
+        """Return the output of attention over the slots in use, in float64.
 
-class OrderedCache:
-    """Hold one row in position order, gathered anew at every eviction.
+        Args:
+            layer: of the model.
+            request: which.
+            query: ``[Hq, D]`` of the newest token.
 
-    Args:
-        policy: asked when the step says so.
-        like: the cache that this one mirrors.
-        layer: which layer of the model.
-        request: which request.
-    """
-
-    def __init__(self, policy: EvictionPolicy, like: StoreCache, layer: int, request: int) -> None:
-        self.policy, self.like, self.layer, self.request = policy, like, layer, request
-        heads, script = like.script.heads, like.script
-        self.keys = torch.zeros(1, heads, 0, 4, dtype=script.dtype)
-        self.values, self.positions = self.keys, torch.zeros(1, heads, 0, dtype=torch.int32)
-        self.queries = torch.zeros(1, heads * script.group, 0, 4, dtype=script.dtype)
-        self.seen = self.prompt = self.evictions = self.fresh = 0
-        plan = like.plan
-        self.budgets = torch.tensor([plan.heads or (plan.budget,) * heads])
-        self.state = policy.init(self._spec(0), 1)
-
-    def step(self, tokens: Tokens, count: int, decoding: bool, asked: bool, due: bool) -> Case | None:
-        """Take one step's tokens; return what the policy was asked and answered, if it was."""
-        here, new = (self.layer, slice(self.request, self.request + 1)), slice(-count, None)
-        if not decoding and self.prompt == self.seen:
-            self.prompt += count
-        if count:
-            at = torch.arange(self.seen, self.seen + count, dtype=torch.int32)
-            at = at.expand(1, self.positions.shape[1], -1)
-            self.keys = torch.cat([self.keys, tokens.keys[here][:, :, new]], 2)
-            self.values = torch.cat([self.values, tokens.values[here][:, :, new]], 2)
-            self.queries = torch.cat([self.queries, tokens.queries[here][:, :, new]], 2)
-            self.positions = torch.cat([self.positions, at], 2)
-        self.state = _joined(self.state, self.policy.init(self._spec(count), 1))
-        self.seen, self.fresh = self.seen + count, self.fresh + count
-        if not asked:
-            return None
-        view = self._view(due)
-        keep, after = self.policy.select(view, self.state)
-        case = Case(view, self.state, keep, after)
-        if view.sharing is not None:
-            self.budgets = keep.mask.sum(-1)
-        self._drop(keep, after)
-        self.fresh, self.evictions = 0, self.evictions + due
-        return case
-
-    def _spec(self, slots: int) -> LayerSpec:
-        spec = self.like.store.spec
-        queries, dims = spec.num_query_heads, (spec.head_dim, spec.value_dim)
-        return LayerSpec(spec.num_heads, queries, *dims, slots, spec.dtype, spec.device)
-
-    def _view(self, due: bool) -> View:
-        plan, (_, heads, size) = self.like.plan, self.positions.shape
-        lengths = (self.positions >= 0).sum(-1)
-        budget = self.budgets if due else lengths
-        again = plan.refresh is not None and self.evictions % plan.refresh == 0
-        sharing = plan.shared and due and (not self.evictions or again)
-        window = plan.window
-        queries = self.queries[:, :, max(0, self.queries.shape[2] - window) :]
-        absent = window - queries.shape[2]
-        asked = torch.arange(self.seen - queries.shape[2], self.seen)
-        asked = torch.cat([torch.full((absent,), -1), asked]).to(torch.int32)[None]
-        queries = torch.cat([queries.new_zeros(1, queries.shape[1], absent, 4), queries], 2)
-        slots = torch.arange(size).expand(1, heads, size)
-        order = torch.where(self.positions < 0, torch.iinfo(torch.int32).max, self.positions).argsort(
-            dim=-1, stable=True
-        )
-        return View(
-            keys=self.keys,
-            values=self.values,
-            positions=self.positions,
-            order=order.to(torch.int32),
-            fresh=slots[:, :, size - self.fresh :],
-            budget=budget,
-            lengths=lengths,
-            seen=torch.tensor([self.seen]),
-            prompt_length=torch.tensor([self.prompt]),
-            evictions=torch.tensor([self.evictions]),
-            request=torch.tensor([0]),
-            seed=torch.tensor([3 * self.request]),
-            layer=torch.tensor([self.layer]),
-            recent=plan.recent,
-            max_budget=int((lengths if sharing else budget).max()),
-            max_victims=max(0, int((lengths if sharing else lengths - budget).max())),
-            queries=queries if window else None,
-            query_positions=asked if window else None,
-            num_layers=self.like.script.layers,
-            num_heads=heads,
-            scaling=self.like.logits.scaling,
-            output=OutputProjection(self.like.output, (self.like.layers.index(self.layer),)),
-            rotary=self.like.rotary[None],
-            sharing=torch.tensor([True]) if sharing else None,
-        )
-
-    def _drop(self, keep: Keep, state: State) -> None:
-        most = int(keep.mask.sum(-1).max())
-        # The slots kept, in position order; heads that keep fewer are filled up.
-        place = torch.where(keep.mask, self.positions, torch.iinfo(torch.int32).max)
-        at = place.argsort(dim=-1, stable=True)[..., :most]
-        free = ~keep.mask.gather(-1, at)
-
-        def pick(x: Tensor) -> Tensor:
-            return x.gather(2, at.view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:]))
-
-        def remembered(x: Tensor) -> Tensor:
-            return pick(x).masked_fill(free.view(*free.shape, *[1] * (x.dim() - 3)), 0)
-
-        self.keys, self.values = pick(self.keys), pick(self.values)
-        self.positions = pick(self.positions).masked_fill(free, -1)
-        self.state = tuple(
-            None if held is None else StageState(tuple(map(remembered, held.slots)), held.rows) for held in state
-        )
-
-
-def _joined(state: State, new: State) -> State:
-    return tuple(
-        None
-        if held is None or more is None
-        else StageState(
-            tuple(torch.cat([a, b], 2) for a, b in zip(held.slots, more.slots, strict=True)),
-            held.rows,
-        )
-        for held, more in zip(state, new, strict=True)
-    )
+        Returns:
+            ``[Hq, Dv]``.
+        """
+        index, group = self.layers.index(layer), self.script.group
+        self.store.settle()
+        slots = self.store.slots(self.store.rows_of(index))
+        parts = []
+        for head, positions in enumerate(slots.positions[request]):
+            used = positions >= 0
+            keys, values = (x[request, head, used].to(torch.float64) for x in (slots.keys, slots.values))
+            mine = query[head * group : (head + 1) * group].to(torch.float64)
+            out = scaled_dot_product_attention(mine[None], keys[None], values[None], scale=self.logits.scaling)
+            parts.append(out[0])
+        return torch.cat(parts)

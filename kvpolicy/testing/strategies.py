@@ -7,34 +7,15 @@ faster than drawing elements.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from kvpolicy.allocators import Allocator, Pyramid, Uniform
-from kvpolicy.guards import Prompt, Sinks, ValueGuard
-from kvpolicy.heads import Adaptive
-from kvpolicy.policy import EvictionPolicy, ModelSpec, Policy
-from kvpolicy.scorers import (
-    AccumulatedAttention,
-    Attention,
-    Constant,
-    KeyDifference,
-    KeyNorm,
-    LastQuery,
-    Leverage,
-    Recency,
-    Redundancy,
-    ValueNorm,
-)
-from kvpolicy.scorers.tokens import Norm
+from kvpolicy.policy import EvictionPolicy, ModelSpec
 from kvpolicy.scores import Scores, Tier
-from kvpolicy.selectors import TopK
-from kvpolicy.stage import Scorer, Transform, maximum
+from kvpolicy.testing.algebra import budgets, policies, scorers, stages, transforms
 from kvpolicy.testing.views import Data, RowSpec, ViewSpec
-from kvpolicy.transforms import Normalize, Stochastic
 from kvpolicy.view import View
 
 __all__ = [
@@ -45,6 +26,7 @@ __all__ = [
     "policies",
     "scorers",
     "scores",
+    "stages",
     "transforms",
     "view_specs",
     "view_specs_for",
@@ -215,71 +197,3 @@ def scores(draw: DrawFn, view: View) -> Scores:
     for tier in draw(st.lists(st.sampled_from((Tier.VALUE, Tier.PROMPT, Tier.SINK)), max_size=2)):
         made = made.guard(torch.rand(view.shape, generator=random) < share, tier)
     return made
-
-
-def budgets(low: int = 1, high: int = 16) -> SearchStrategy[int | Allocator]:
-    """Draw what ``TopK`` takes: slots, or an allocator that shares them out."""
-    slots = st.integers(low, high)
-    over_heads = st.builds(Adaptive, slots, st.sampled_from((1.0, 0.75)), st.sampled_from((None, 1)))
-    over_layers = st.builds(Pyramid, slots, st.sampled_from((1, 1.25)))
-    return st.one_of(slots, st.builds(Uniform, slots), over_layers, over_heads)
-
-
-def scorers() -> SearchStrategy[Scorer]:
-    """Draw a scorer: one of those that kvpolicy has, or a mixture of them."""
-    windows, seeds = st.integers(1, 6), st.integers(0, 3)
-    attention = st.builds(
-        Attention,
-        window=windows,
-        pool=st.sampled_from((1, 3, 5)),
-        reduce=st.sampled_from(("mean", "max")),
-        over=st.sampled_from(("candidates", "all")),
-        temperature=st.sampled_from((1.0, 0.5)),
-    )
-    leverage = st.builds(Leverage, rank=st.sampled_from((None, 2)), resample=st.booleans(), seed=seeds)
-    alone: list[SearchStrategy[Scorer]] = [
-        st.sampled_from((Recency(), Constant(), KeyNorm(), KeyDifference(), Redundancy(), LastQuery())),
-        st.builds(ValueNorm, st.sampled_from(get_args(Norm))),
-        attention,
-        st.builds(AccumulatedAttention, window=windows),
-        leverage,
-    ]
-    return st.recursive(st.one_of(alone), _mixtures, max_leaves=3)
-
-
-def _mixtures(inner: SearchStrategy[Scorer]) -> SearchStrategy[Scorer]:
-    factors = st.sampled_from((0.5, 2, -1.0, 0))
-    kinds = st.sampled_from((Normalize("sum"), Normalize("max"), Normalize("z"), Sinks(1)))
-    return st.one_of(
-        st.builds(lambda left, right: left + right, inner, inner),
-        st.builds(maximum, inner, inner),
-        st.builds(lambda factor, scorer: factor * scorer, factors, inner),
-        st.builds(lambda scorer, transform: scorer >> transform, inner, kinds),
-    )
-
-
-def transforms() -> SearchStrategy[Transform]:
-    """Draw a guard, a sampler or a normalisation; guards protect at most 2 slots, or half."""
-    shares = st.sampled_from((0.25, 0.5))
-    alone: list[SearchStrategy[Transform]] = [
-        st.builds(Sinks, st.integers(0, 2)),
-        st.builds(Prompt, shares),
-        st.builds(ValueGuard, shares, st.sampled_from(get_args(Norm)), st.integers(0, 3)),
-        st.builds(Normalize, st.sampled_from(("sum", "max", "z"))),
-        st.builds(Stochastic, st.sampled_from((1.0, 0.0, 0.3)), st.integers(0, 3), redraw=st.booleans()),
-    ]
-    return st.one_of(alone)
-
-
-@st.composite
-def policies(draw: DrawFn) -> Policy:
-    """Draw a policy from the whole algebra, small enough for views of some twenty slots."""
-    recent = draw(st.integers(1, 3))
-    chosen = draw(budgets(2 * recent + 4, 12))  # half of it, or 2, beside the recent tokens
-    scorer: Scorer = draw(scorers())
-    for transform in draw(st.lists(transforms(), max_size=3)):
-        scorer = scorer >> transform
-    # A window that counts every query holds an interval of them.
-    longest = min((leaf.window for leaf in scorer.leaves() if isinstance(leaf, AccumulatedAttention)), default=6)
-    intervals = [n for n in (4, 1, 6) if n <= longest]
-    return Policy(scorer >> TopK(chosen), interval=draw(st.sampled_from((*intervals, None))), recent=recent)

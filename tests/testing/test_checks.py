@@ -55,7 +55,7 @@ def test_a_policy_without_the_algebra_passes(policy: EvictionPolicy, check: Chec
     [
         (broken.DropsRecent, "recent"),
         (broken.NamesVictimsTwice, "victims"),
-        (broken.ReadsSlotOrder, "slot_order store"),
+        (broken.ReadsSlotOrder, "slot_order store oracle"),
         (broken.LeaksState, "policy_unchanged deterministic caches_apart"),
         (broken.OneTooFew, "budget edges"),
         (broken.Random, "global_random_state deterministic"),

@@ -1,4 +1,4 @@
-"""Policies drawn from the whole algebra keep every invariant; views are what a store would show."""
+"""Guards and selection against second implementations; views are what a store would show."""
 
 from __future__ import annotations
 
@@ -9,56 +9,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy import ModelSpec, Policy, Prompt, Scores, Sinks, Tier, TopK, ValueGuard, View, select_top
+from kvpolicy import (
+    ModelSpec,
+    OutputProjection,
+    Policy,
+    Prompt,
+    Scores,
+    Sinks,
+    Tier,
+    TopK,
+    ValueGuard,
+    View,
+    select_top,
+)
 from kvpolicy.eviction import LogitSpec, evict
 from kvpolicy.row import Row
 from kvpolicy.scorers import AccumulatedAttention, KeyNorm
 from kvpolicy.store import Store
 from kvpolicy.testing import RowSpec, ViewSpec, make_view, strategies, with_state
-from kvpolicy.testing.caches import same_as_ordered, scripts
-from kvpolicy.testing.changes import permuted_slots, selected_heads, selected_rows, widened
 from kvpolicy.testing.keeping import tiers
-from kvpolicy.testing.kept import assert_same, assert_sound, select
-from kvpolicy.testing.strategies import NOT_FINITE, view_specs, view_specs_for
+from kvpolicy.testing.kept import assert_sound, select
+from kvpolicy.testing.strategies import view_specs
 from kvpolicy.testing.views import history, layer_spec
-
-
-@given(st.data(), strategies.policies())
-def test_any_policy_is_sound_and_symmetric(data: st.DataObject, policy: Policy) -> None:
-    spec = data.draw(view_specs_for(policy))
-    case = select(policy, spec.view())
-    assert_sound(case.view, case.keep)
-    rows, heads = list(reversed(range(case.view.shape[0]))), case.view.shape[1]
-    moved = permuted_slots(case.view, case.state, spec.generator)
-    assert_same(policy, case, select(policy, *moved).kept, "other slots")
-    assert_same(policy, case, select(policy, *widened(case.view, case.state, 2)).kept, "free slots")
-    answer = select(policy, *selected_rows(case.view, case.state, rows)).kept
-    assert_same(policy, case, tuple(reversed(answer)), "other rows")
-    alone = [select(policy, *selected_rows(case.view, case.state, [row])).kept[0] for row in sorted(rows)]
-    assert_same(policy, case, tuple(alone), "no neighbours")
-    if "cross_heads" not in policy.needs:
-        parts = [selected_heads(case.view, case.state, h, h + 1) for h in range(heads)]
-        answers = [select(policy, *part).kept for part in parts]
-        joined = tuple(sum(row, ()) for row in zip(*answers, strict=True))
-        assert_same(policy, case, joined, "a device for each head")
-
-
-@given(st.data(), strategies.policies())
-def test_any_policy_survives_any_number(data: st.DataObject, policy: Policy) -> None:
-    view = data.draw(view_specs_for(policy, data=NOT_FINITE)).view()
-    assert_sound(view, select(policy, view).keep)
-
-
-@given(st.data(), strategies.policies())
-def test_any_policy_is_the_same_in_a_store(data: st.DataObject, policy: Policy) -> None:
-    same_as_ordered(policy, data.draw(scripts(policy)))
-
-
-@given(strategies.policies())
-def test_any_policy_is_read_from_its_text(policy: Policy) -> None:
-    assert Policy.parse(repr(policy)) == policy
-    assert Policy.parse(policy.text(full=True)) == policy
-
 
 # Guards, against a second implementation
 
@@ -126,6 +98,9 @@ def test_views_agree_with_themselves(spec: ViewSpec) -> None:
     again = spec.view()
     for field in dataclasses.fields(view):
         one, two = getattr(view, field.name), getattr(again, field.name)
+        if isinstance(one, OutputProjection):
+            assert one.rows == two.rows
+            one, two = torch.stack(one.weights), torch.stack(two.weights)
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 from kvpolicy.policy import EvictionPolicy, ModelSpec, Plan
 from kvpolicy.scores import Keep
 from kvpolicy.store import Store
+from kvpolicy.testing.kept import Case, assert_recent, assert_sound
 from kvpolicy.view import LayerSpec, StageState, State, View
+
+__all__ = ["CacheModel", "Recorder", "RowModel"]
 
 #: (stage, tensor) -> head -> position -> what the policy remembers
 Memory = dict[tuple[int, int], list[dict[int, float]]]
@@ -20,15 +23,16 @@ Memory = dict[tuple[int, int], list[dict[int, float]]]
 
 @dataclass
 class RowModel:
-    """One layer of one request.
+    """Hold one layer of one request.
 
     Attributes:
-        keys: of every token seen, `[H, D]` each.
+        heads: KV heads.
+        keys: of every token seen, ``[H, D]`` each.
         values: of every token seen.
         queries: the newest ones that the window can hold, with their positions.
         held: positions, of each head.
         memory: what stages remember of tokens; a token that is not named has 0.
-        rows: what stages remember of the row.
+        rows: what stages remember of the row; a tensor that is not named is what ``policy.init`` gives.
     """
 
     heads: int
@@ -43,12 +47,13 @@ class RowModel:
         self.held = self.held or [set() for _ in range(self.heads)]
 
     def copy(self) -> RowModel:
+        """Return a copy that shares nothing which changes."""
         memory = {where: [dict(head) for head in heads] for where, heads in self.memory.items()}
         held = [set(head) for head in self.held]
         return RowModel(self.heads, [*self.keys], [*self.values], [*self.queries], held, memory, dict(self.rows))
 
     def add(self, keys: Tensor, values: Tensor, queries: Tensor, window: int) -> None:
-        """Take new tokens, `[heads, count, dim]`."""
+        """Take new tokens, ``[heads, count, dim]``."""
         for t in range(keys.shape[1]):
             position = len(self.keys)
             self.keys.append(keys[:, t])
@@ -58,6 +63,7 @@ class RowModel:
                 head.add(position)
 
     def crop(self, count: int) -> None:
+        """Forget the newest tokens."""
         seen = len(self.keys) - count
         self.keys, self.values = self.keys[:seen], self.values[:seen]
         self.queries = [one for one in self.queries if one[0] < seen]
@@ -111,7 +117,9 @@ class RowModel:
                 assert tensor[row, :, :length].tolist() == wanted
                 assert not tensor[row, :, length:].any(), "a free slot remembers something"
             for number, tensor in enumerate(() if held is None else held.rows):
-                known_row = self.rows.get((stage, number), [0])
+                begun = store.bands[0].policy.init(replace(store.spec, capacity=1), 1)[stage]
+                assert begun is not None
+                known_row = self.rows.get((stage, number), begun.rows[number].flatten().tolist())
                 assert tensor[row].flatten().tolist() == known_row
 
     def _check_window(self, store: Store, index: int, request: int) -> None:
@@ -126,7 +134,14 @@ class RowModel:
 
 
 class Recorder:
-    """A policy that remembers what another one answered."""
+    """Ask another policy, and remember what it answered.
+
+    Args:
+        policy: the other one.
+
+    Attributes:
+        answers: the view, the slots to keep and the state behind it, of each question.
+    """
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
@@ -134,17 +149,23 @@ class Recorder:
 
     @property
     def needs(self) -> frozenset[str]:
+        """Return what the other policy needs."""
         return self.policy.needs
 
     def plan(self, model: ModelSpec) -> Plan:
+        """Return the sizes that the other policy plans."""
         return self.policy.plan(model)
 
     def init(self, spec: LayerSpec, rows: int) -> State:
+        """Return the other policy's state of empty rows."""
         return self.policy.init(spec, rows)
 
     def select(self, view: View, state: State) -> tuple[Keep, State]:
+        """Return what the other policy answers, which is well formed and keeps the last tokens."""
         asked = {name: _copied(value) for name, value in vars(view).items()}
         keep, after = self.policy.select(view, state)
+        assert_sound(view, keep)
+        assert_recent(Case(view, state, keep, after))
         held = tuple(
             None if one is None else StageState(tuple(map(_copied, one.slots)), tuple(map(_copied, one.rows)))
             for one in after
@@ -158,7 +179,14 @@ def _copied(value: Any) -> Any:
 
 
 class CacheModel:
-    """Every row of every layer."""
+    """Hold every row of every layer of a store.
+
+    Args:
+        store: empty.
+
+    Attributes:
+        rows: of each layer, those of each request.
+    """
 
     def __init__(self, store: Store) -> None:
         heads = store.spec.num_heads
@@ -174,6 +202,7 @@ class CacheModel:
         assert next(rows, None) is None, "the policy was not asked about every row"
 
     def check(self, store: Store) -> None:
+        """Assert that the store holds this."""
         positions = store.settled_positions()
         for index, layer in enumerate(self.rows):
             for request, row in enumerate(layer):
