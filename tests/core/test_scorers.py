@@ -306,5 +306,5 @@ def test_accumulated_attention_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_accumulated_attention_must_hold_an_interval() -> None:
-    with pytest.raises(BudgetError, match=r"write AccumulatedAttention\(100\), or interval=64"):
+    with pytest.raises(BudgetError, match=r"write AccumulatedAttention\(window=100\), or interval=64"):
         Policy(AccumulatedAttention() >> TopK(256), interval=100).plan(ModelSpec(1))
