@@ -27,6 +27,7 @@ from kvpolicy import (
     View,
 )
 from kvpolicy.each_query import each_query
+from kvpolicy.scorers.attention import newest
 from kvpolicy.scorers.every_query import uncounted
 from tests.core.test_scorers import GEN, QUERIES, SPEC, VIEW, B, G, H, S, W, probabilities, score
 from tests.core.views import view_of
@@ -54,7 +55,7 @@ def test_probabilities_of_each_query(extra: dict[str, object], workspace: int) -
 
 def test_blocks_hold_the_keys_that_they_convert_and_what_is_made_of_them() -> None:
     view = dataclasses.replace(VIEW, workspace=8 * (S * 8 * 8 + G * S * 8))
-    one = view.queries[:, :, -1:], view.query_positions[:, -1:]
+    one = newest(view, 1)
     assert [at.stop - at.start for at, *_ in each_query(view, *one)] == [1] * (B * H)
     wide = dataclasses.replace(view, workspace=2 * view.workspace)
     assert [at.stop - at.start for at, *_ in each_query(wide, *one)] == [2] * (B * H // 2)

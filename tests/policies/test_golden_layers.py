@@ -267,8 +267,10 @@ def test_criticalkv(prompt: bool) -> None:
     policy = policies.criticalkv(10, window=3, pool=3, epsilon=0.01)
     view = some_view(policy, tokens=20, prompt=prompt)
     expected: list[list[set[int]]] = []
+    single: list[list[list[set[int]]]] = []
     for row in range(2):
         expected.append([])
+        single.append([])
         seen = int(view.seen[row])
         for head in range(2):
             slots = held(view, row, head)
@@ -280,9 +282,14 @@ def test_criticalkv(prompt: bool) -> None:
                 p: (one + 0.01) * projected(view, row, head, s)
                 for p, s, one in zip(positions, slots, received, strict=True)
             }
-            assert first != best(weighed, 6, recent) or row  # the two stages do not choose alike
             expected[-1].append(best(weighed, 10, first))
+            single[-1].append(
+                [best(weighed, 10, recent), best(dict(zip(positions, received, strict=True)), 10, recent)]
+            )
     assert kept(policy, view) == expected
+    for row in range(2):  # neither of the two stages alone would do, in either row
+        for stage in range(2):
+            assert [one[stage] for one in single[row]] != expected[row]
 
 
 def test_defensivekv() -> None:
@@ -396,6 +403,8 @@ def test_expected_attention(prompt: bool) -> None:
         for s in held(view, 0, 1):  # the first tokens among them
             assert float(found[0, 1, s]) == pytest.approx(numbers[0][1][int(view.positions[0, 1, s])], rel=1e-5)
     assert kept(policy, view) == expected_sets(view, numbers, 11, 2)
+    bare = Policy(policy.chain.scorer >> TopK(11), recent=3)  # no guard makes up for a wrong score
+    assert kept(bare, view) == expected_sets(view, numbers, 11, 0)
 
 
 @pytest.mark.parametrize("split", [(), (True, False), ((1, 0),), "ab", 3])
