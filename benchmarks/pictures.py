@@ -29,7 +29,8 @@ TEXT = Path(__file__).resolve().parents[1] / "LICENSE"  #: which everybody has
 
 #: What a method is given beside the sizes: half of the heads of the default model retrieve.
 MORE: dict[str, dict[str, Any]] = {
-    "duo_attention": {"retrieval": tuple((layer % 2 == 0, True, False) for layer in range(30)), "sinks": 4}
+    "duo_attention": {"retrieval": tuple((layer % 2 == 0, True, False) for layer in range(30)), "sinks": 4},
+    "lagkv": {"lag": 16},  # which is 128 for budgets in the thousands
 }
 
 

@@ -85,7 +85,8 @@ def _parameters(text: str) -> frozenset[str]:
     match _tree(text)[1]:
         case ast.Call(func=ast.Name(id=name)) if name in _callables():
             return frozenset(inspect.signature(_callables()[name]()).parameters)
-    return frozenset()
+        case _:
+            return frozenset()
 
 
 def text_of(policy: EvictionPolicy) -> str:

@@ -107,7 +107,10 @@ class Listed(Allocator):
     """Be an allocator of another package's, which names its layers."""
 
     budget: int
-    layers_named = 5
+
+    @property
+    def layers_named(self) -> int:
+        return 5
 
     def budgets(self, num_layers: int, recent: int) -> tuple[int, ...]:
         if num_layers != self.layers_named:

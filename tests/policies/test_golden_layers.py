@@ -403,6 +403,7 @@ def test_expected_attention(prompt: bool) -> None:
         for s in held(view, 0, 1):  # the first tokens among them
             assert float(found[0, 1, s]) == pytest.approx(numbers[0][1][int(view.positions[0, 1, s])], rel=1e-5)
     assert kept(policy, view) == expected_sets(view, numbers, 11, 2)
+    assert policy.chain.scorer is not None
     bare = Policy(policy.chain.scorer >> TopK(11), recent=3)  # no guard makes up for a wrong score
     assert kept(bare, view) == expected_sets(view, numbers, 11, 0)
 
