@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,3 +216,27 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "wary has no parameter 'interval'" in capsys.readouterr().err
     assert run(["list"]) == 0
     assert "short_keys" in capsys.readouterr().out
+
+
+def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("KVPOLICY_CACHE", str(tmp_path))
+
+    def told(*arguments: str) -> str:
+        assert run(["explain", *arguments]) == 0
+        return capsys.readouterr().out
+
+    folder = save_tiny(tmp_path / "tiny")
+    said = told("short_keys(16, interval=4, recent=3)", "--model", str(folder), "--bandwidth", "100")
+    assert "ShortKeys, a class that is not made of stages: Keep short keys and remember how long each is" in said
+    assert "Cut to 16 slots per KV head" in said
+    assert "after every 4 decoded tokens, where it holds more; never more than 20 slots" in said
+    assert "The last 3 tokens always stay" in said
+    assert "4 bytes more a slot" in said
+    assert said.count("follows it") == 3
+    assert "with an eviction every 4 tokens" in said
+    assert "newest 4 queries" in told("wary(32)")
+    assert "in 2 of 32 layers, the others are left alone" in told("layered(32)")
+    assert "Never while decoding" in told("once(32)")
+    assert told("strange(32)").count("refuses") == 3
+    assert json.loads(told("Nameless(96)", "--json"))["one_class"].startswith("Nameless, a class")
