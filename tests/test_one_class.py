@@ -177,7 +177,7 @@ def test_vllm_settings() -> None:
         ("headed(32)", UnsupportedError, "heads budgets of their own"),
         ("once(32)", UnsupportedError, "write an interval"),
         ("strange(32)", UnsupportedError, "needs tea, which the vLLM adapter cannot give"),
-        ("short_keys", ParseError, r"write short_keys\(budget\) with brackets"),
+        ("short_keys", ParseError, r"write short_keys\(1024\) with brackets"),
         ({"policy": "wary(32)", "window": 2}, BindError, r"wary\(32\) asks for 4 queries"),
     ],
 )
