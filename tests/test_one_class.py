@@ -14,9 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpolicy import (
     BindError,
+    BudgetError,
     CompositionError,
     EvictionPolicy,
     KVPolicyError,
+    LayerPlan,
     ParseError,
     Policy,
     UnsupportedError,
@@ -62,6 +64,28 @@ def test_it_keeps_every_invariant() -> None:
         check_policy(ShortKeys(8, **SMALL))
     finally:
         settings.load_profile(before)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"budget": 32, "recent": 64}, "^a budget of 32 is not larger than recent=64: .*lower recent, to 8 say$"),
+        (
+            {"heads": (128, 16), "recent": 16},
+            "^the KV head with the fewest slots: a budget of 16 is not larger",
+        ),
+        (
+            {"capacity": 159},
+            r"^a capacity of 159 does not hold a budget of 128 and interval=32; .*capacity=160\)",
+        ),
+        ({"capacity": 128, "interval": None}, "a budget of 128 and one more token; write .*capacity=129"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, Any], message: str) -> None:
+    given = {"budget": 128, "capacity": 160, "interval": 32, "recent": 4, "window": 0}
+    LayerPlan(**given)
+    with pytest.raises(BudgetError, match=message):
+        LayerPlan(**(given | sizes))
 
 
 # transformers
