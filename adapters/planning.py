@@ -7,7 +7,7 @@ from types import FunctionType
 
 from kvpolicy.errors import BindError, UnsupportedError
 from kvpolicy.policy import EvictionPolicy, LayerPlan, Plan, Policy
-from kvpolicy.stage import Chain, Stage
+from kvpolicy.stage import Chain, Stage, Transform
 
 __all__ = [
     "OFFERS",
@@ -59,13 +59,25 @@ def _checked_one(policy: EvictionPolicy, adapter: str, offers: frozenset[str]) -
             f"{policy!r} is not an EvictionPolicy: write one with vase(1024) or Policy(...), or give your class the "
             "attribute needs and the methods plan(model), init(spec, rows) and select(view, state)"
         )
-    missing = policy.needs - offers
-    if missing:
-        raise UnsupportedError(
-            f"{policy!r} needs {', '.join(sorted(missing))}, which {adapter} cannot give; "
-            f"it gives {', '.join(sorted(offers))}"
-        )
+    if policy.needs - offers:
+        raise UnsupportedError(_cannot_give(policy, policy.needs - offers, adapter))
     return policy
+
+
+def _cannot_give(policy: EvictionPolicy, missing: frozenset[str], adapter: str) -> str:
+    """Say which stages need what an adapter lacks, and what to write instead."""
+    from kvpolicy.catalog import NEEDS
+
+    stages = policy.stages if isinstance(policy, Policy) else ()
+    needs, instead = [], list[str]()
+    for need in sorted(missing):
+        asking = {type(stage).__name__: stage for stage in stages if need in stage.needs}
+        needs.append(NEEDS.get(need, need) + (f" ({', '.join(asking)})" if asking else ""))
+        for name, stage in asking.items():
+            instead.append(f"leave out {name}" if isinstance(stage, Transform) else f"score without {name}")
+    instead += ["use transformers"] if missing <= TRANSFORMERS else []
+    advice = f"; {', or '.join(dict.fromkeys(instead))}" if instead else ""
+    return f"{policy!r} needs {' and '.join(needs)}, which {adapter} cannot give{advice}"
 
 
 def policy_text(policy: EvictionPolicy) -> str:

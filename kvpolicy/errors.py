@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+SIMILAR = 0.65  #: how alike a word is to one that is suggested: "h20" to "h2o" is, "nonsense" to "Constant" is not
+
+
 class KVPolicyError(Exception):
     """Stand at the root of every error that kvpolicy raises on purpose."""
 
@@ -83,13 +86,14 @@ class IntegrityError(KVPolicyError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string.
+    """Return `` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string where none is close.
 
-    >>> nearest("windw", ["window", "pool"])
-    " (did you mean 'window'?)"
+    >>> nearest("windw", ["window", "pool"]), nearest("topk", ["TopK"]), nearest("nonsense", ["Constant"])
+    (" (did you mean 'window'?)", " (did you mean 'TopK'?)", '')
     """
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=SIMILAR)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
 def one_line(error: BaseException | str, limit: int = 600) -> str:

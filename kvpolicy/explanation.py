@@ -8,17 +8,17 @@ own refusal.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvpolicy import catalog, docstrings
 from kvpolicy.adapters import planning
 from kvpolicy.allocators import Allocator, Uniform
 from kvpolicy.errors import BudgetError, KVPolicyError
-from kvpolicy.policy import LayerPlan, ModelSpec, Policy
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec, Policy
 from kvpolicy.stage import Piped, Scorer, Selector, Stage, Transform, Transforms, default_of
 
-__all__ = ["Argument", "Engine", "Explanation", "Guarded", "Node", "explain"]
+__all__ = ["Argument", "Engine", "Explanation", "Guarded", "Node", "explain", "interval_of"]
 
 _LAYERS = 32  #: of a model that nobody has named
 _DECODED = 1  #: tokens, where nobody says how many a policy without an interval lets a cache grow
@@ -105,10 +105,11 @@ class Explanation:
 
     Attributes:
         policy: with every parameter written out.
-        stages: of its chain, in order.
+        stages: of its chain, in order; none where the policy is a class of its own.
+        one_class: what such a class is, in one line; empty where the policy is made of stages.
         layers: the plan of each layer, None where it is left alone.
-        interval: decoded tokens between two evictions, or None.
-        recent: the last tokens, which always stay.
+        interval: decoded tokens between two evictions, or None; the fewest, where layers differ.
+        recent: the last tokens, which always stay; the fewest, where layers differ.
         needs: names of what an engine must offer.
         queries: how many of the newest it reads.
         remembers: bytes that it remembers of each slot.
@@ -118,6 +119,7 @@ class Explanation:
 
     policy: str
     stages: tuple[Node, ...]
+    one_class: str
     layers: tuple[LayerPlan | None, ...]
     interval: int | None
     recent: int
@@ -128,11 +130,11 @@ class Explanation:
     engines: tuple[Engine, ...]
 
 
-def explain(policy: Policy, *, num_layers: int | None = None, num_heads: int | None = None) -> Explanation:
+def explain(policy: EvictionPolicy, *, num_layers: int | None = None, num_heads: int | None = None) -> Explanation:
     """Return what a policy does.
 
     Args:
-        policy: to be told.
+        policy: to be told; of one that is not made of stages, what its plan says.
         num_layers: layers of the model that evict; 32, or as many as the policy names, where None.
         num_heads: KV heads of each, if they are known.
 
@@ -150,20 +152,34 @@ def explain(policy: Policy, *, num_layers: int | None = None, num_heads: int | N
     layers = policy.plan(model).layers
     planned = [layer for layer in layers if layer is not None]
     return Explanation(
-        policy=policy.text(full=True),
-        stages=tuple(_told(policy)),
+        policy=planning.policy_text(policy),
+        stages=tuple(_told(policy)) if isinstance(policy, Policy) else (),
+        one_class="" if isinstance(policy, Policy) else _one_class(policy),
         layers=layers,
-        interval=policy.interval,
-        recent=policy.recent,
+        interval=interval_of(layers),
+        recent=min((layer.recent for layer in planned), default=0),
         needs=tuple(sorted(policy.needs)),
-        queries=max(layer.window for layer in planned),
+        queries=max((layer.window for layer in planned), default=0),
         remembers=catalog.remembered(policy),
-        guards=_guards(policy, planned),
+        guards=_guards(policy, planned) if isinstance(policy, Policy) else None,
         engines=tuple(_engines(policy, model)),
     )
 
 
-def _layers_named(policy: Policy) -> int:
+def interval_of(layers: Sequence[LayerPlan | None]) -> int | None:
+    """Return the decoded tokens between two evictions, the fewest where layers differ; None where none evicts then."""
+    return min((one.interval for one in layers if one is not None and one.interval is not None), default=None)
+
+
+def _one_class(policy: EvictionPolicy) -> str:
+    kind = type(policy)
+    said = docstrings.summary(kind)
+    return f"{kind.__name__}, a class that is not made of stages{f': {said}' if said else ''}"
+
+
+def _layers_named(policy: EvictionPolicy) -> int:
+    if not isinstance(policy, Policy):
+        return _LAYERS
     sharing = policy.chain.selector.sharing()
     named = None if sharing is None else sharing.layers_named
     return _LAYERS if named is None else named
@@ -220,7 +236,7 @@ def _guards(policy: Policy, layers: list[LayerPlan]) -> Guarded | None:
 # What engines say
 
 
-def _engines(policy: Policy, model: ModelSpec) -> Iterator[Engine]:
+def _engines(policy: EvictionPolicy, model: ModelSpec) -> Iterator[Engine]:
     for name, ask in {"transformers": _transformers, "vLLM": _vllm, "FlashCache": _flash_cache}.items():
         try:
             yield Engine(name, True, ask(policy, model))
@@ -228,13 +244,13 @@ def _engines(policy: Policy, model: ModelSpec) -> Iterator[Engine]:
             yield Engine(name, False, str(error))
 
 
-def _transformers(policy: Policy, model: ModelSpec) -> str:
+def _transformers(policy: EvictionPolicy, model: ModelSpec) -> str:
     planning.checked(policy, "the transformers adapter", planning.TRANSFORMERS)
     planning.plans_of_layers([policy.plan(model)], tuple(range(model.num_layers)))
     return _with_tokens(policy, model)
 
 
-def _flash_cache(policy: Policy, model: ModelSpec) -> str:
+def _flash_cache(policy: EvictionPolicy, model: ModelSpec) -> str:
     from kvpolicy.adapters.flash_attn import groups
 
     heads = model.num_heads or next((len(one.heads) for one in policy.plan(model).layers if one and one.heads), 1)
@@ -242,14 +258,17 @@ def _flash_cache(policy: Policy, model: ModelSpec) -> str:
     return _with_tokens(policy, model)
 
 
-def _vllm(policy: Policy, model: ModelSpec) -> str:
-    from kvpolicy.adapters.vllm.config import followed
+def _vllm(policy: EvictionPolicy, model: ModelSpec) -> str:
+    from kvpolicy.adapters.vllm.config import followed, planned
 
-    followed(policy.text(full=True))
+    if isinstance(policy, Policy):
+        followed(policy.text(full=True))
+    else:  # its repr need not be a text that is read back
+        planned(policy, planning.policy_text(policy))
     return ""
 
 
-def _with_tokens(policy: Policy, model: ModelSpec) -> str:
+def _with_tokens(policy: EvictionPolicy, model: ModelSpec) -> str:
     """Return what must be said to a cache that does not know how far it will grow."""
     try:
         policy.plan(dataclasses.replace(model, max_new_tokens=None))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from kvpolicy import registry
+from kvpolicy import docstrings, registry
 from kvpolicy.allocators import Allocator
 from kvpolicy.errors import ParseError, PolicyError, nearest
 from kvpolicy.policy import EvictionPolicy, Policy
@@ -204,9 +205,11 @@ class _Reader:
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 return self.combine(node, self.read(left), "*", self.read(right))
             case ast.Name(id=name) if name in _callables():
-                self.refuse(node, f"write {name}({', '.join(_required(name))}) with brackets")
+                self.refuse(node, f"write {_example(name)} with brackets")
             case ast.Name(id=name):
                 self.unknown(node, name)
+            case ast.BinOp(left=ast.Name(id="b")) | ast.BinOp(right=ast.Name(id="b")):  # b // 8
+                self.unknown(node, "b")
             case _:
                 self.refuse(node, "a policy text holds stages, numbers, strings, >>, + and * alone")
 
@@ -246,7 +249,11 @@ class _Reader:
         try:
             signature.bind(*positional, **named)
         except TypeError as error:
-            raise ParseError(f"{name}{signature}: {error}") from error
+            missing: list[str] = []
+            with contextlib.suppress(TypeError):  # too many, or one twice: the signature says more
+                given = signature.bind_partial(*positional, **named).arguments
+                missing = [one for one in _required(name) if one not in given]
+            raise ParseError(_needs(name, missing) if missing else f"{name}{signature}: {error}") from error
         try:
             return function(*positional, **named)
         except PolicyError:
@@ -255,11 +262,9 @@ class _Reader:
             raise ParseError(f"{name}{signature} refuses these arguments: {error}") from error
 
     def unknown(self, node: ast.expr, name: str) -> NoReturn:
-        known = _callables()
-        raise ParseError(
-            f"{name!r} is not known{nearest(name, known)}. Stages: {', '.join(registry.stages())}. "
-            f"Recipes: {', '.join(registry.policies())}"
-        )
+        if name == "b":
+            raise ParseError("'b' stands for the budget in kvpolicy eval only; write a number")
+        raise ParseError(f"{name!r} is not known{nearest(name, _callables())}; kvpolicy list names all")
 
     def refuse(self, node: ast.expr, why: str) -> NoReturn:
         found = ast.get_source_segment(self.source, node) or ast.unparse(node)
@@ -281,6 +286,22 @@ def _required(name: str) -> list[str]:
     """Return the parameters that a call cannot do without."""
     parameters = inspect.signature(_callables()[name]()).parameters.values()
     return [one.name for one in parameters if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+
+
+def _example(name: str) -> str:
+    """Return a call to write: that of the docstring, or one with a budget, where that is all it needs."""
+    required = _required(name)
+    if not required:
+        return f"{name}()"
+    told = docstrings.example(_callables()[name]())
+    if told is not None and told.startswith(f"{name}("):  # a class may be registered by another name than its own
+        return told
+    return f"{name}({'1024' if required == ['budget'] else ', '.join(required)})"
+
+
+def _needs(name: str, missing: list[str]) -> str:
+    more = f"; kvpolicy show {name} tells more" if name in registry.policies() or name in registry.stages() else ""
+    return f"{name} needs {' and '.join(missing)}: {_example(name)}{more}"
 
 
 def _short(text: str) -> str:

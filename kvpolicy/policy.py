@@ -74,9 +74,17 @@ class LayerPlan:
         least = min(self.heads) if self.heads is not None else self.budget
         if self.heads is not None and (self.shared or max(self.heads) != self.budget):
             raise BudgetError(f"{self}: heads with budgets of their own share nothing, and the largest is the budget")
-        if self.recent >= least or self.capacity < self.budget + (self.interval or 1):
+        if self.recent >= least:
+            where = "" if self.heads is None else "the KV head with the fewest slots: "
             raise BudgetError(
-                f"{self}: the budget must be larger than recent, and the capacity at least budget + interval"
+                f"{where}a budget of {least} is not larger than recent={self.recent}: nothing but the last tokens "
+                f"could stay; raise the budget, or lower recent, to {least // 4} say"
+            )
+        grown, why = (1, "one more token") if self.interval is None else (self.interval, f"interval={self.interval}")
+        if self.capacity < self.budget + grown:
+            raise BudgetError(
+                f"a capacity of {self.capacity} does not hold a budget of {self.budget} and {why}; write "
+                f"LayerPlan(..., capacity={self.budget + grown}) or more"
             )
 
 

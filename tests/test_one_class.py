@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpolicy import (
     BindError,
+    BudgetError,
     CompositionError,
     EvictionPolicy,
     KVPolicyError,
+    LayerPlan,
     ParseError,
     Policy,
     UnsupportedError,
@@ -61,6 +64,28 @@ def test_it_keeps_every_invariant() -> None:
         check_policy(ShortKeys(8, **SMALL))
     finally:
         settings.load_profile(before)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"budget": 32, "recent": 64}, "^a budget of 32 is not larger than recent=64: .*lower recent, to 8 say$"),
+        (
+            {"heads": (128, 16), "recent": 16},
+            "^the KV head with the fewest slots: a budget of 16 is not larger",
+        ),
+        (
+            {"capacity": 159},
+            r"^a capacity of 159 does not hold a budget of 128 and interval=32; .*capacity=160\)",
+        ),
+        ({"capacity": 128, "interval": None}, "a budget of 128 and one more token; write .*capacity=129"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, Any], message: str) -> None:
+    given = {"budget": 128, "capacity": 160, "interval": 32, "recent": 4, "window": 0}
+    LayerPlan(**given)
+    with pytest.raises(BudgetError, match=message):
+        LayerPlan(**(given | sizes))
 
 
 # transformers
@@ -176,7 +201,7 @@ def test_vllm_settings() -> None:
         ("headed(32)", UnsupportedError, "heads budgets of their own"),
         ("once(32)", UnsupportedError, "write an interval"),
         ("strange(32)", UnsupportedError, "needs tea, which the vLLM adapter cannot give"),
-        ("short_keys", ParseError, r"write short_keys\(budget\) with brackets"),
+        ("short_keys", ParseError, r"write short_keys\(1024\) with brackets"),
         ({"policy": "wary(32)", "window": 2}, BindError, r"wary\(32\) asks for 4 queries"),
     ],
 )
@@ -215,3 +240,27 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "wary has no parameter 'interval'" in capsys.readouterr().err
     assert run(["list"]) == 0
     assert "short_keys" in capsys.readouterr().out
+
+
+def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("KVPOLICY_CACHE", str(tmp_path))
+
+    def told(*arguments: str) -> str:
+        assert run(["explain", *arguments]) == 0
+        return capsys.readouterr().out
+
+    folder = save_tiny(tmp_path / "tiny")
+    said = told("short_keys(16, interval=4, recent=3)", "--model", str(folder), "--bandwidth", "100")
+    assert "ShortKeys, a class that is not made of stages: Keep short keys and remember how long each is" in said
+    assert "Cut to 16 slots per KV head" in said
+    assert "after every 4 decoded tokens, where it holds more; never more than 20 slots" in said
+    assert "The last 3 tokens always stay" in said
+    assert "4 bytes more a slot" in said
+    assert said.count("follows it") == 3
+    assert "with an eviction every 4 tokens" in said
+    assert "newest 4 queries" in told("wary(32)")
+    assert "in 2 of 32 layers, the others are left alone" in told("layered(32)")
+    assert "Never while decoding" in told("once(32)")
+    assert told("strange(32)").count("refuses") == 3
+    assert json.loads(told("Nameless(96)", "--json"))["one_class"].startswith("Nameless, a class")

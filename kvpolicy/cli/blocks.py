@@ -33,7 +33,7 @@ def blocks(asked: str, told: Explanation, costs: Costs | None) -> Iterator[Block
     yield Text(asked, style="bold")
     if told.policy != asked:
         yield _indented(told.policy)
-    yield from _part("chain", _chain(told.stages))
+    yield from _part("class", [_indented(told.one_class)]) if told.one_class else _part("chain", _chain(told.stages))
     yield from _part("when", map(_indented, _when(told)))
     if told.guards is not None:
         yield from _part("guards", map(_indented, _guards(told.guards)))
@@ -77,20 +77,29 @@ def _chain(stages: Sequence[Node]) -> Iterator[Block]:
 
 def _when(told: Explanation) -> Iterator[str]:
     layers = [layer for layer in told.layers if layer is not None]
+    if not layers:
+        yield "Never: every layer is left alone."
+        return
     budgets, capacities = ([getattr(layer, name) for layer in layers] for name in ("budget", "capacity"))
+    intervals = [layer.interval for layer in layers if layer.interval is not None]
     where = _where(told.layers)
     yield (
         f"Cut to {_range(budgets)} slots per KV head{where} at the end of the prompt, and of each later turn of "
         "several tokens."
     )
-    if told.interval is None:
+    if not intervals:
         yield "Never while decoding: from there on the cache grows by what is decoded."
     else:
         yield (
-            f"Then after every {told.interval:,} decoded tokens, where it holds more; never more than "
-            f"{_range(capacities)} slots, allocated once."
+            f"Then after every {_range(intervals)} decoded tokens{_some(len(intervals), len(layers))}, where it holds "
+            f"more; never more than {_range(capacities)} slots, allocated once."
         )
-    yield f"The last {told.recent:,} tokens always stay; they count inside the budget."
+    recent = _range([layer.recent for layer in layers])
+    yield f"The last {recent} tokens always stay; they count inside the budget."
+
+
+def _some(number: int, of: int) -> str:
+    return f" in {number} of {of} layers" if number < of else ""
 
 
 def _where(layers: Sequence[LayerPlan | None]) -> str:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpolicy.cli.shapes import ModelShape
+from kvpolicy.explanation import interval_of
 from kvpolicy.footprint import Footprint, footprint
-from kvpolicy.policy import LayerPlan, ModelSpec, Policy
+from kvpolicy.policy import EvictionPolicy, LayerPlan, ModelSpec
 from kvpolicy.roofline import Cost, eviction_cost, step_cost
 
 __all__ = ["Costs", "costs_of"]
@@ -73,7 +74,7 @@ class Costs:
         return found
 
 
-def costs_of(policy: Policy, shape: ModelShape, *, batch: int, tokens: int, max_new_tokens: int) -> Costs:
+def costs_of(policy: EvictionPolicy, shape: ModelShape, *, batch: int, tokens: int, max_new_tokens: int) -> Costs:
     """Return what a policy takes of a model.
 
     Args:
@@ -104,7 +105,7 @@ def costs_of(policy: Policy, shape: ModelShape, *, batch: int, tokens: int, max_
         memory=footprint(policy, shape.layers, batch=batch, tokens=tokens, max_new_tokens=max_new_tokens),
         eviction=eviction,
         step=step_cost(shape.layers, slots, batch=batch, weights=shape.weights, parameters=shape.parameters),
-        interval=policy.interval,
+        interval=interval_of(plan.layers),
     )
 
 

@@ -14,8 +14,8 @@ from kvpolicy.cli.errors import CommandError, RunError
 from kvpolicy.cli.generate import POLICY_HELP
 
 if TYPE_CHECKING:
-    from kvpolicy import Policy
     from kvpolicy.cli.shapes import ModelShape
+    from kvpolicy.policy import EvictionPolicy
 
 __all__ = ["explain"]
 
@@ -53,11 +53,11 @@ def explain(
     Nothing is run and nothing is fetched. Memory is counted to the byte, as the caches allocate it; the cost of an
     eviction is the least that any machine must read, write and multiply.
     """
-    from kvpolicy import Policy
     from kvpolicy import explanation as told
+    from kvpolicy import parse_policy
 
     _check_numbers(batch, tokens, max_new_tokens, bandwidth, flops)
-    chosen = Policy.parse(policy)
+    chosen = parse_policy(policy)
     shape = _shape(model, dtype)
     if model is None and shape is not None and not _fits(chosen, shape):
         shape = None  # a policy for another model than the default one
@@ -110,7 +110,7 @@ def _shape(name: str | None, dtype: str) -> ModelShape | None:
     return dataclasses.replace(read_shape(str(own), wanted), name=default_model.NAME)
 
 
-def _fits(policy: Policy, shape: ModelShape) -> bool:
+def _fits(policy: EvictionPolicy, shape: ModelShape) -> bool:
     """Return whether a policy names as many layers and heads as a model has."""
     from kvpolicy import BudgetError, ModelSpec
 

@@ -50,9 +50,13 @@ def list_(
         print(markdown(STAGE_HEAD, [_stage(one) for one in stages]), end="")
     else:
         out = console.stdout()
-        out.print(_table("policies", head, [policy_row(one, checks) for one in policies], wide=("needs", "checks")))
+        rows = [policy_row(one, checks) for one in policies if one.problem is None]
+        out.print(_table("policies", head, rows, wide=("needs", "checks")))
+        _print_broken(policies)
         out.print()
-        out.print(_table("stages", STAGE_HEAD, [_stage(one) for one in stages], wide=("what it does",)))
+        rows = [_stage(one) for one in stages if one.problem is None]
+        out.print(_table("stages", STAGE_HEAD, rows, wide=("what it does",)))
+        _print_broken(stages)
         more = "" if check else "; kvpolicy list --check, whether policies keep what engines rely on"
         console.note(f"kvpolicy show NAME tells the rest{more}.", style="dim")
     if checks is not None and not all(one.good for found in checks.values() for one in found):
@@ -104,6 +108,14 @@ def policy_row(one: PolicyFacts, checks: Checks | None = None, *, link: bool = F
 
 def _stage(one: StageFacts) -> tuple[str, ...]:
     return one.name, one.role or "broken", one.summary if one.problem is None else one_line(one.problem), one.package
+
+
+def _print_broken(facts: Sequence[PolicyFacts | StageFacts]) -> None:
+    """Print what cannot be loaded or built, each on a line as long as its reason."""
+    for one in facts:
+        if one.problem is not None:
+            line = f"{one.name}  broken, from {one.package}: {one_line(one.problem)}"
+            console.stdout().print(line, style="red", markup=False, soft_wrap=True)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: Sequence[str]) -> Table:

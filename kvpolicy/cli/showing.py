@@ -39,8 +39,10 @@ def show(
 def _unknown(name: str, known: list[str]) -> str:
     import difflib
 
+    from kvpolicy.errors import SIMILAR
+
     by_lower = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=SIMILAR)
     hint = f"; near it are {', '.join(by_lower[one] for one in close)}" if close else ""
     return f"{name!r} is not known{hint}; kvpolicy list shows all {len(known)}"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpolicy.errors import UsageError
-from kvpolicy.tracing.traces import Trace
+from kvpolicy.tracing.traces import Trace, ranges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
@@ -194,6 +194,7 @@ def _furthest(trace: Trace) -> int:
 
 def _line(trace: Trace, layer: int, head: int) -> int:
     if (layer, head) not in trace.heads:
-        known = f"layers {', '.join(map(str, trace.layers))}"
+        heads = {found for at, found in trace.heads if at == layer or layer not in trace.layers}
+        known = f"layers {ranges(trace.layers)}, heads {ranges(heads)}"
         raise UsageError(f"layer {layer}, head {head}: the trace has no such KV head; it has {known}")
     return trace.heads.index((layer, head))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,25 @@ from kvpolicy.errors import UsageError
 from kvpolicy.receipt import size
 from kvpolicy.tracing.packing import packed, packed_floats, unpacked
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "ranges"]
 
 FORMAT, VERSION = "kvpolicy trace", 1
 WHOLE = ("dropped", "protected_first", "protected_last", "tier")  #: arrays of small integers
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return whole numbers in words, without those inside of a run.
+
+    >>> ranges([0, 1, 2, 3]), ranges([0, 5, 6, 11])
+    ('0 to 3', '0, 5 to 6, 11')
+    """
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +127,7 @@ class Trace:
         """
         lines = [line for line, (of, _) in enumerate(self.heads) if of == layer]
         if not lines:
-            raise UsageError(f"layer {layer} does not evict; those that do are {', '.join(map(str, self.layers))}")
+            raise UsageError(f"layer {layer} does not evict; those that do are {ranges(self.layers)}")
         positions = [one.nonzero().flatten().to(torch.int32) for one in self.held(seen)[lines]]
         return torch.nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_value=-1)
 

@@ -127,6 +127,8 @@ def test_a_list_that_passes_is_no_failure(kvpolicy: Command, install: Install) -
         (["knorm", "--examples", 0], "--examples 0: it is at least 1"),
         (["knorm", "--expect", "check_plan"], "write the check and the reason"),
         (["knorm", "--expect", "check_nothing=why"], "'check_nothing' is no check"),
+        (["vase(32)"], "a budget of 32 is not larger than recent=64"),
+        (["duo_attention"], "names 2 layers, and the model has 3"),
         (["vase(64, sahre=1)"], "did you mean 'share'?"),
     ],
 )
@@ -134,6 +136,7 @@ def test_bad_options(kvpolicy: Command, arguments: list[Any], said: str) -> None
     result = kvpolicy("check", *arguments)
     assert result.code == 2
     assert said in result.error
+    assert not result.out
 
 
 def test_a_recipe_that_needs_more_than_a_budget(kvpolicy: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,8 @@ def test_what_no_engine_can_give_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(type(policy.chain.scorer), "needs", frozenset({"telepathy"}))
     for one in explain(policy).engines:
         assert not one.follows
-        assert "needs telepathy" in one.why
+        assert "needs telepathy (KeyNorm), which the " in one.why
+        assert one.why.endswith("cannot give; score without KeyNorm")
 
 
 # Memory

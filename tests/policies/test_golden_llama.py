@@ -188,14 +188,18 @@ READS = {
     "output_projection": policies.criticalkv(24, window=8, interval=4),
     "rotary": policies.expected_attention(24, window=8, recent=4),
 }
+REFUSED = {
+    "output_projection": r"output projections \(OutputNorm\), which the {}; leave out OutputNorm, or use transformers$",
+    "rotary": r"rotations \(ExpectedAttention\), which the {}; score without ExpectedAttention, or use transformers$",
+}
 
 
 @pytest.mark.parametrize("need", READS)
 def test_engines_without_the_models_weights_refuse(need: str) -> None:
     sizes = {"num_layers": 1, "batch_size": 1, "num_heads": 2, "num_query_heads": 4, "head_dim": 8}
-    with pytest.raises(UnsupportedError, match=f"needs {need}, which the flash_attn adapter cannot give"):
+    with pytest.raises(UnsupportedError, match=REFUSED[need].format("flash_attn adapter cannot give")):
         FlashCache(READS[need], dtype=torch.float32, **sizes)
-    with pytest.raises(UnsupportedError, match=f"needs {need}, which .*vLLM.* cannot give"):
+    with pytest.raises(UnsupportedError, match=REFUSED[need].format("vLLM adapter cannot give")):
         followed(repr(READS[need]))
 
 

@@ -60,8 +60,12 @@ def test_values_tell_the_protected_apart() -> None:
     line = usual().heads.index((1, 1))
     assert found["protected by a guard"] == int((usual().tier[line] > 0).sum())
     assert sum(found.values()) == usual().seen
-    with pytest.raises(UsageError, match="layer 7, head 0: the trace has no such KV head; it has layers 0, 1, 2"):
+    with pytest.raises(
+        UsageError, match="layer 7, head 0: the trace has no such KV head; it has layers 0 to 2, heads 0 to 1"
+    ):
         plots.values(usual(), layer=7)
+    with pytest.raises(UsageError, match=r"layer 1, head 9: .* it has layers 0 to 2, heads 0 to 1$"):
+        plots.values(usual(), layer=1, head=9)
 
 
 @NEEDS

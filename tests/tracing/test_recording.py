@@ -241,5 +241,5 @@ def test_what_a_record_cannot_follow_is_refused() -> None:
         ):
             with pytest.raises(UsageError, match="make a new RecordingCache"):
                 refused()
-    with pytest.raises(UsageError, match="layer 9 does not evict; those that do are 0, 1, 2"):
+    with pytest.raises(UsageError, match="layer 9 does not evict; those that do are 0 to 2"):
         usual().kept(9)
