@@ -38,5 +38,6 @@ def new(
         console.stdout().print(str(file), markup=False, soft_wrap=True)
     console.note(
         f"Next:\n  cd {folder}\n  pip install -e '.[test]'\n  pytest\n"
+        f"  kvpolicy list\n  kvpolicy check {names.module}\n"
         f"  kvpolicy generate --policy '{names.module}(256)' 'Why is the sky blue?'"
     )

@@ -56,6 +56,17 @@ def test_a_package_that_passes_its_tests_and_works_by_name(
     assert "failed" not in said
 
 
+def test_what_comes_next_is_what_the_guide_says(
+    kvpolicy: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    title, *said = kvpolicy("new", "late-values").err.replace("'", '"').splitlines()
+    assert title == "Next:"
+    guide = (Path(__file__).parents[2] / "docs/write-a-policy.md").read_text(encoding="utf-8")
+    assert "".join(f"$ {line.strip()}\n" for line in said) in guide
+    assert {"kvpolicy list", "kvpolicy check late_values"} < {line.strip() for line in said}
+
+
 def test_every_file_is_written_for_the_name() -> None:
     texts = scaffold.render(scaffold.Names("my-own", "my_own", "MyOwn"))
     assert "src/my_own/py.typed" in texts
