@@ -24,6 +24,7 @@ assert module not in sys.modules
 
 assert run(["list"]) == 0
 assert run(["show", module]) == 0
+assert run(["check", module, "--examples", "1"]) == 0
 
 policy = Policy.parse(f"{module}(16, interval=4, recent=4)")
 assert Policy.parse(repr(policy)) == policy

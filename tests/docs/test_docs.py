@@ -120,6 +120,8 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                 assert (tmp_path / folder / "pyproject.toml").exists(), command
             case ["pip", "install", "-e", ".[test]"] | ["pytest"]:
                 assert written, command
+            case ["kvpolicy", "check", policy] if policy in written:  # tests/cli/test_new.py does
+                pass
             case ["pip", "install", requirement]:
                 assert set(extras(requirement)) <= set(project()["optional-dependencies"]), command
             case ["torchrun", *options, file]:

@@ -21,7 +21,10 @@ def test_a_bare_name_takes_the_budget_first() -> None:
     assert policies(["pyramidkv"], [128, 256]) == [pyramidkv(128), pyramidkv(256)]
     for name in registry.policies():
         assert takes_budget(name)
-        assert len(fill([name], [300])) == 1
+        if name != "duo_attention":  # which names the heads of every layer, too
+            assert len(fill([name], [300])) == 1
+    with pytest.raises(PolicyError, match="duo_attention with b=300: duo_attention needs retrieval: duo_att"):
+        fill(["duo_attention"], [300])
 
 
 def test_b_is_the_budget_wherever_it_stands() -> None:
