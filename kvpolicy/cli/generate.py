@@ -112,6 +112,8 @@ def chosen_policy(text: str, interval: str | None, recent: int | None) -> Evicti
 def load_model(name: str | None, dtype: str, device: str, *, exact: bool = False) -> Loaded:
     """Return the model that the options name, the default one where they name none."""
     try:
+        import transformers  # noqa: F401  # before a model is fetched
+
         from kvpolicy.cli.devices import choose_device, choose_dtype
         from kvpolicy.cli.models import load
     except ModuleNotFoundError as error:

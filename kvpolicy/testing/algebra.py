@@ -28,7 +28,7 @@ LAYERS = 3  #: of the models that drawn policies are for
 _VALUES: dict[str, tuple[Any, ...]] = {
     "beta": (1, 1.25),
     "decay": (0.8, 0, 0.1),
-    "epsilon": (0.0, 0.05),
+    "epsilon": (0.0,),  # can be added to weights alone, and what stands before is drawn freely
     "floor": (1.0, 0.75),
     "future": (1, 5, 9),
     "gamma": (200.0, 0.0),
