@@ -55,7 +55,7 @@ NEEDS = {
     "rotary": "rotations",
 }
 #: Models to plan for: the first that a policy plans, since one that names layers and heads fits no other.
-_MODELS = tuple(ModelSpec(num_layers=layers, max_new_tokens=64) for layers in (8, 2, 1))
+_MODELS = tuple(ModelSpec(num_layers=layers, max_new_tokens=64) for layers in (8, 3, 2, 1))
 _PAPER = re.compile(r"https://arxiv\.org/abs/(\d{4}\.\d{4,5})")
 _ORDER = {"scorer": 0, "transform": 1, "selector": 2, "allocator": 3}  #: in which a chain has them
 

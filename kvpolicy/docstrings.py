@@ -56,7 +56,7 @@ def example(thing: Callable[..., Any]) -> str | None:
 
     >>> from kvpolicy.policies import duo_attention
     >>> example(duo_attention)
-    'duo_attention(2048, ((True, False), (False, False)))'
+    'duo_attention(2048, ((True, False), (False, False), (False, True)))'
     """
     for line in re.findall(r"^\s*>>> (.+)$", _text(thing), re.MULTILINE):
         try:

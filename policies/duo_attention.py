@@ -39,9 +39,9 @@ def duo_attention(
     token; here it has up to ``interval`` tokens more.
 
     >>> from kvpolicy import ModelSpec
-    >>> policy = duo_attention(2048, ((True, False), (False, False)))
-    >>> [layer.heads for layer in policy.plan(ModelSpec(num_layers=2)).layers]
-    [(2048, 384), (384, 384)]
+    >>> policy = duo_attention(2048, ((True, False), (False, False), (False, True)))
+    >>> [layer.heads for layer in policy.plan(ModelSpec(num_layers=3)).layers]
+    [(2048, 384), (384, 384), (384, 2048)]
     """
     layers = [tuple(one) for one in retrieval if isinstance(one, Sequence)] if isinstance(retrieval, Sequence) else []
     if not layers or len(layers) < len(retrieval) or not all(isinstance(one, bool) for row in layers for one in row):

@@ -128,7 +128,7 @@ def test_a_list_that_passes_is_no_failure(kvpolicy: Command, install: Install) -
         (["knorm", "--expect", "check_plan"], "write the check and the reason"),
         (["knorm", "--expect", "check_nothing=why"], "'check_nothing' is no check"),
         (["vase(32)"], "a budget of 32 is not larger than recent=64"),
-        (["duo_attention"], "names 2 layers, and the model has 3"),
+        (["duo_attention(2048, ((True, False), (False, False)))"], "names 2 layers, and the model has 3"),
         (["vase(64, sahre=1)"], "did you mean 'share'?"),
     ],
 )

@@ -265,8 +265,9 @@ def test_parameters_out_of_range(make: Any, message: str) -> None:
         ("vase(recent=9)", r"^vase needs budget: vase\(1024\)"),
         (
             "duo_attention(1024)",
-            r"^duo_attention needs retrieval: duo_attention\(2048, \(\(True, False\), \(False, False\)\)\); kvpolicy "
-            "show duo_attention tells more$",
+            r"^duo_attention needs retrieval: "
+            r"duo_attention\(2048, \(\(True, False\), \(False, False\), \(False, True\)\)\); "
+            r"kvpolicy show duo_attention tells more$",
         ),
         ("duo_attention()", "^duo_attention needs budget and retrieval: "),
         ("Policy()", r"^Policy needs chain: Policy\(.*\)$"),

@@ -41,6 +41,7 @@ def method(page: str, one: PolicyFacts) -> str:
         ["phase", one.phase or "–"],
         ["needs", one.needs_in_words],
         ["compared with", compared(one.name)],
+        ["measured here", measured(one.name)],
         ["invariants", f"all {len(CHECKS)} of [`kvpolicy.testing`](../api/testing.md), `tests/testing/test_zoo.py`"],
     ]
     return replaced(page, "facts", grid(["", f"`{one.name}`"], rows, [True, True]))
@@ -52,6 +53,21 @@ def compared(name: str) -> str:
     found = [file.relative_to(ROOT).as_posix() for file in COMPARED if uses.search(file.read_text("utf-8"))]
     assert found, f"no test compares {name} with its formula"
     return "its formula written out in loops, " + ", ".join(f"`{file}`" for file in found)
+
+
+def measured(name: str) -> str:
+    """Return how far a method was from the full cache on running text, as the page of results has it."""
+    page = (ROOT / "docs/results.md").read_text("utf-8")
+    label = re.search(rf"^- ([^:`]+): `{name}\(b\b(?!, redraw)", page, re.MULTILINE)
+    if label is None:
+        return "not yet; `kvpolicy eval` does it"
+    blocks = re.findall(r"<!-- results: (\S+) wikitext.*?-->(.*?)<!-- end -->", page, re.DOTALL)
+    found = []
+    for model, block in blocks:
+        row = re.search(rf"^\| {re.escape(label[1])} \| 128 \| \d+ \| ([\d.]+) ", block, re.MULTILINE)
+        assert row, f"docs/results.md has no row of {label[1]} on {model}"
+        found.append(f"{row[1]} ({model})")
+    return f"KL to the full cache at 128 slots, nats: {', '.join(found)}; see [Results](../results.md)"
 
 
 def shown(url: str) -> str:
