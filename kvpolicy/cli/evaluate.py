@@ -10,7 +10,7 @@ import typer
 
 from kvpolicy.cli import console
 from kvpolicy.cli.errors import CommandError, RunError
-from kvpolicy.cli.generate import MODEL_HELP
+from kvpolicy.cli.options import MODEL_HELP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

