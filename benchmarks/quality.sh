@@ -36,7 +36,7 @@ for section in ${*:-leaderboard answers ablation values page}; do
             evaluate recall --leaderboard --task "passcode(length=512, count=48)" --budget 128
             ;;
         answers)
-            evaluate answers --leaderboard --task "svamp(split='odd')" --limit 200 --budget 96 --batch 32
+            evaluate answers --leaderboard --task "svamp(shots=1, split='odd')" --limit 200 --budget 96 --batch 40
             ;;
         ablation)
             evaluate ablation --ablation --task "wikitext(length=512)" --task "passcode(length=512, count=48)" --budget 128

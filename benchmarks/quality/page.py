@@ -1,6 +1,7 @@
 """Write the tables of a page from result files: ``python -m benchmarks.quality.page PAGE RESULTS ...``.
 
-Blocks of the page name a model and a task, ``<!-- results: MODEL TASK -->`` ... ``<!-- end -->``, and are written anew.
+Blocks of the page name a model and a task, and are written anew: ``<!-- results: MODEL TASK -->`` ... ``<!-- end -->``
+has the policies that were compared, ``<!-- ablation: MODEL TASK -->`` ... ``<!-- end -->`` the parts of VaSE.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvpolicy.evaluation.leaderboard import ABLATION, LEADERBOARD
 from kvpolicy.evaluation.measures import is_text
-from kvpolicy.evaluation.record import Record
+from kvpolicy.evaluation.record import FULL, Record
 from kvpolicy.evaluation.results import read
 from kvpolicy.evaluation.table import footer, legend, markdown, rows, text_rows
 
-BLOCK = re.compile(r"(?P<begin><!-- results: (?P<name>.+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<begin><!-- (?P<kind>results|ablation): (?P<name>.+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
 LEGEND = "policies"
 
 
@@ -25,7 +29,7 @@ def written(page: str, records: Sequence[Record], baseline: str | None = None) -
     Args:
         page: Markdown with blocks.
         records: of any models and tasks.
-        baseline: what texts are compared with; VaSE by default.
+        baseline: what texts are compared with; VaSE by default. Parts of VaSE are compared with top-k.
 
     Raises:
         SystemExit: a block has no record.
@@ -33,7 +37,13 @@ def written(page: str, records: Sequence[Record], baseline: str | None = None) -
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        text = _policies(records) if name == LEGEND else _table(name, records, baseline)
+        if name == LEGEND:
+            text = _policies(records)
+        elif match["kind"] == "ablation":
+            text = _table(name, [one for one in records if one.cell.label in ABLATION], "top-k")
+        else:
+            parts = set(ABLATION) - set(LEADERBOARD)
+            text = _table(name, [one for one in records if one.cell.label not in parts], baseline)
         return f"{match['begin']}\n{text}\n{match['end']}"
 
     return BLOCK.sub(block, page)
@@ -44,7 +54,7 @@ def _table(name: str, records: Sequence[Record], baseline: str | None) -> str:
     mine = [one for one in records if (one.cell.model, one.cell.task) == (model, task)]
     if not mine:
         raise SystemExit(f"no result of {model} on {task}: run it first")
-    found = text_rows(mine, baseline) if is_text(mine[0]) else rows(mine)
+    found = text_rows(mine, baseline) if is_text(mine[0]) else rows(mine, baseline or FULL)
     made_with = {(name, version) for one in mine for name, version in one.versions.items()}
     versions = ", ".join(f"{name} {version}" for name, version in sorted(made_with))
     notes = "".join(f"- {line.replace('*', chr(92) + '*')}\n" for line in footer(found))
@@ -64,7 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", type=Path)
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--baseline")
+    parser.add_argument(
+        "--baseline", help="what differences are from; by default VaSE for texts, the full cache for answers"
+    )
     given = parser.parse_args()
     given.page.write_text(written(given.page.read_text("utf-8"), read(given.results), given.baseline), "utf-8")
 
