@@ -37,6 +37,29 @@ def test_every_method_has_its_page(recipe: str) -> None:
     assert f"(docs/zoo/{recipe}.md)" in README.read_text("utf-8")
     assert f"zoo/{recipe}.md\n" in (ROOT / "mkdocs.yml").read_text("utf-8")
 
+    parts = advice(page)
+    assert all(20 < len(part.split()) < 130 for part in parts)
+    assert "](http" in parts[1] or "there is no paper" in parts[1]
+
     papers = docstrings.links(inspect.getdoc(function) or "")
     assert papers
     assert not [paper for paper in papers if paper not in page]
+
+
+def test_a_page_that_says_not_when_it_helps_is_found() -> None:
+    page = zoo_pages.page_of("vase").read_text("utf-8")
+    helps, reports = advice(page)
+    for part in (helps, reports):
+        with pytest.raises(AssertionError, match="before its arguments"):
+            advice(page.replace(f"{part}\n\n", ""))
+    with pytest.raises(AssertionError, match="before its arguments"):
+        advice(page.replace(f"{helps}\n\n{reports}", f"{reports}\n\n{helps}"))
+
+
+def advice(page: str) -> list[str]:
+    """Return the two paragraphs of a page that say when a method helps, and what its paper reports."""
+    *_, helps, reports, last = page.split("\n\n")
+    begins = [("When it helps: ", helps), ("What its paper reports: ", reports), ("Arguments and errors: ", last)]
+    missing = [begin for begin, part in begins if not part.startswith(begin)]
+    assert not missing, f"{missing}: write these paragraphs at the end of {page.splitlines()[0]}, before its arguments"
+    return [helps, reports]
