@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Parameter", "example", "links", "parameters", "prose", "source", "summary"]
+__all__ = ["Parameter", "example", "links", "meanings", "parameters", "prose", "source", "summary"]
 
 #: A heading of a google-style docstring whose content the parameter table repeats.
 _SECTION = re.compile(r"^(Args|Attributes):\s*$")
@@ -96,16 +96,33 @@ def prose(thing: object) -> str:
 
 def parameters(thing: Callable[..., Any]) -> list[Parameter]:
     """Return the parameters of a stage or a recipe."""
-    meanings = _meanings(_text(thing))
+    said = meanings(_text(thing))
     return [
         Parameter(
             name if one.kind is not one.VAR_POSITIONAL else f"*{name}",
             _type(one.annotation),
             "" if one.default is one.empty else repr(one.default),
-            meanings.get(name, ""),
+            said.get(name, ""),
         )
         for name, one in _signature(thing).parameters.items()
     ]
+
+
+def meanings(docstring: str) -> dict[str, str]:
+    """Return what the ``Args:`` or ``Attributes:`` section of a docstring says of each name."""
+    found: dict[str, str] = {}
+    inside, name = False, ""
+    for line in docstring.splitlines():
+        if _SECTION.match(line):
+            inside = True
+        elif line and not line.startswith(" "):
+            inside = False
+        elif inside and (match := re.match(r"^ {4}(\w+)(?: \([^)]*\))?:\s*(.*)$", line)):
+            name = match[1]
+            found[name] = match[2]
+        elif inside and name and line.strip():
+            found[name] += " " + line.strip()
+    return found
 
 
 def _text(thing: object) -> str:
@@ -125,20 +142,3 @@ def _type(annotation: Any) -> str:
     if annotation is inspect.Parameter.empty:
         return ""
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-
-
-def _meanings(docstring: str) -> dict[str, str]:
-    """Return what the ``Args:`` section says of each parameter."""
-    found: dict[str, str] = {}
-    inside, name = False, ""
-    for line in docstring.splitlines():
-        if _SECTION.match(line):
-            inside = True
-        elif line and not line.startswith(" "):
-            inside = False
-        elif inside and (match := re.match(r"^ {4}(\w+)(?: \([^)]*\))?:\s*(.*)$", line)):
-            name = match[1]
-            found[name] = match[2]
-        elif inside and name and line.strip():
-            found[name] += " " + line.strip()
-    return found
