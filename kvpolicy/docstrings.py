@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Parameter", "example", "links", "meanings", "parameters", "prose", "source", "summary"]
+__all__ = ["Parameter", "example", "links", "meanings", "parameters", "prose", "source", "summary", "written"]
 
 #: A heading of a google-style docstring whose content the parameter table repeats.
 _SECTION = re.compile(r"^(Args|Attributes):\s*$")
+_STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _NUMBER = r"\d{4}\.\d{4,5}"
 _ARXIV = re.compile(rf"arXiv[: ]\s*{_NUMBER}(?:(?:,| and|, and)\s+{_NUMBER})*", re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s)>\]`'\"]+")
@@ -99,7 +101,7 @@ def parameters(thing: Callable[..., Any]) -> list[Parameter]:
     said = meanings(_text(thing))
     return [
         Parameter(
-            name if one.kind is not one.VAR_POSITIONAL else f"*{name}",
+            f"{_STARS.get(one.kind, '')}{name}",
             _type(one.annotation),
             "" if one.default is one.empty else repr(one.default),
             said.get(name, ""),
@@ -125,9 +127,24 @@ def meanings(docstring: str) -> dict[str, str]:
     return found
 
 
+def written(thing: object) -> str:
+    """Return the docstring that somebody wrote for a thing; empty where there is none.
+
+    That is not one which a class inherits, since it tells of its base, nor the signature that ``dataclass``
+    writes, nor that of the type of an object, as ``functools.partial`` has it.
+    """
+    if inspect.isroutine(thing) or inspect.ismodule(thing):
+        return inspect.getdoc(thing) or ""
+    text = getattr(thing, "__dict__", {}).get("__doc__")
+    if not isinstance(text, str):
+        return ""
+    signature = isinstance(thing, type) and dataclasses.is_dataclass(thing) and text.startswith(f"{thing.__name__}(")
+    return "" if signature else inspect.cleandoc(text)
+
+
 def _text(thing: object) -> str:
     """Return a docstring as a terminal shows it: without the marks around code."""
-    return (inspect.getdoc(thing) or "").replace("``", "")
+    return written(thing).replace("``", "")
 
 
 def _signature(thing: Callable[..., Any]) -> inspect.Signature:
