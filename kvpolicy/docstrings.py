@@ -14,7 +14,7 @@ __all__ = ["Parameter", "example", "links", "meanings", "parameters", "prose", "
 
 #: A heading of a google-style docstring whose content the parameter table repeats.
 _SECTION = re.compile(r"^(Args|Attributes):\s*$")
-_STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_STARS: dict[str, str] = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
 _NUMBER = r"\d{4}\.\d{4,5}"
 _ARXIV = re.compile(rf"arXiv[: ]\s*{_NUMBER}(?:(?:,| and|, and)\s+{_NUMBER})*", re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s)>\]`'\"]+")
@@ -101,7 +101,7 @@ def parameters(thing: Callable[..., Any]) -> list[Parameter]:
     said = meanings(_text(thing))
     return [
         Parameter(
-            f"{_STARS.get(one.kind, '')}{name}",
+            _STARS.get(one.kind.name, "") + name,
             _type(one.annotation),
             "" if one.default is one.empty else repr(one.default),
             said.get(name, ""),
