@@ -49,8 +49,8 @@ def fields() -> Iterator[Field]:
 def computed() -> Iterator[Field]:
     """Yield what a view computes when it is asked for it."""
     for name, one in vars(View).items():
-        if isinstance(one, property):
-            hint = inspect.get_annotations(one.fget)["return"]  # type: ignore[arg-type]
+        if isinstance(one, property) and one.fget is not None:
+            hint = inspect.get_annotations(one.fget)["return"]
             said = " ".join((inspect.getdoc(one) or "").split())
             yield _field(name, hint, said.removeprefix("Return "))
 
