@@ -162,12 +162,17 @@ def needs_in_words(needs: Iterable[str], queries: int, remembers: int) -> str:
 def remembered(policy: EvictionPolicy) -> int:
     """Return how many bytes a policy remembers of each slot of a KV head, beside key, value and position.
 
+    Raises:
+        PolicyError: its ``init`` returns None in place of a tuple.
+
     >>> from kvpolicy.policies import knorm
     >>> remembered(knorm(1024))
     4
     """
     spec = LayerSpec(1, 1, 8, 8, 1, torch.bfloat16, torch.device("meta"))
     state = policy.init(spec, 1)
+    if state is None:
+        raise PolicyError(f"{type(policy).__name__}.init returns None; write return (), where nothing is remembered")
     return sum(math.prod(t.shape) * t.element_size() for one in state if one is not None for t in one.slots)
 
 

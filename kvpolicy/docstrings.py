@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Parameter", "example", "links", "parameters", "prose", "source", "summary"]
+__all__ = ["Parameter", "example", "links", "meanings", "parameters", "prose", "source", "summary", "written"]
 
 #: A heading of a google-style docstring whose content the parameter table repeats.
 _SECTION = re.compile(r"^(Args|Attributes):\s*$")
+_STARS: dict[str, str] = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
 _NUMBER = r"\d{4}\.\d{4,5}"
 _ARXIV = re.compile(rf"arXiv[: ]\s*{_NUMBER}(?:(?:,| and|, and)\s+{_NUMBER})*", re.IGNORECASE)
 _URL = re.compile(r"https?://[^\s)>\]`'\"]+")
@@ -96,21 +98,53 @@ def prose(thing: object) -> str:
 
 def parameters(thing: Callable[..., Any]) -> list[Parameter]:
     """Return the parameters of a stage or a recipe."""
-    meanings = _meanings(_text(thing))
+    said = meanings(_text(thing))
     return [
         Parameter(
-            name if one.kind is not one.VAR_POSITIONAL else f"*{name}",
+            _STARS.get(one.kind.name, "") + name,
             _type(one.annotation),
             "" if one.default is one.empty else repr(one.default),
-            meanings.get(name, ""),
+            said.get(name, ""),
         )
         for name, one in _signature(thing).parameters.items()
     ]
 
 
+def meanings(docstring: str) -> dict[str, str]:
+    """Return what the ``Args:`` or ``Attributes:`` section of a docstring says of each name."""
+    found: dict[str, str] = {}
+    inside, name = False, ""
+    for line in docstring.splitlines():
+        if _SECTION.match(line):
+            inside = True
+        elif line and not line.startswith(" "):
+            inside = False
+        elif inside and (match := re.match(r"^ {4}(\w+)(?: \([^)]*\))?:\s*(.*)$", line)):
+            name = match[1]
+            found[name] = match[2]
+        elif inside and name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+def written(thing: object) -> str:
+    """Return the docstring that somebody wrote for a thing; empty where there is none.
+
+    That is not one which a class inherits, since it tells of its base, nor the signature that ``dataclass``
+    writes, nor that of the type of an object, as ``functools.partial`` has it.
+    """
+    if inspect.isroutine(thing) or inspect.ismodule(thing):
+        return inspect.getdoc(thing) or ""
+    text = getattr(thing, "__dict__", {}).get("__doc__")
+    if not isinstance(text, str):
+        return ""
+    signature = isinstance(thing, type) and dataclasses.is_dataclass(thing) and text.startswith(f"{thing.__name__}(")
+    return "" if signature else inspect.cleandoc(text)
+
+
 def _text(thing: object) -> str:
     """Return a docstring as a terminal shows it: without the marks around code."""
-    return (inspect.getdoc(thing) or "").replace("``", "")
+    return written(thing).replace("``", "")
 
 
 def _signature(thing: Callable[..., Any]) -> inspect.Signature:
@@ -125,20 +159,3 @@ def _type(annotation: Any) -> str:
     if annotation is inspect.Parameter.empty:
         return ""
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-
-
-def _meanings(docstring: str) -> dict[str, str]:
-    """Return what the ``Args:`` section says of each parameter."""
-    found: dict[str, str] = {}
-    inside, name = False, ""
-    for line in docstring.splitlines():
-        if _SECTION.match(line):
-            inside = True
-        elif line and not line.startswith(" "):
-            inside = False
-        elif inside and (match := re.match(r"^ {4}(\w+)(?: \([^)]*\))?:\s*(.*)$", line)):
-            name = match[1]
-            found[name] = match[2]
-        elif inside and name and line.strip():
-            found[name] += " " + line.strip()
-    return found

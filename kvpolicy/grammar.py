@@ -100,12 +100,17 @@ def text_of(policy: EvictionPolicy) -> str:
     """
     if isinstance(policy, Policy):
         return policy.text(full=True)
-    text = repr(policy)
+    text, kind = repr(policy), type(policy)
+    if kind.__repr__ is object.__repr__:
+        raise ParseError(
+            f"{kind.__module__}.{kind.__qualname__} has no __repr__, and so no text that makes it again: let its repr "
+            f"be the call of its recipe, by the name that is registered, as in {kind.__name__}(1024)"
+        )
     try:
         same = repr(parse_policy(text)) == text
     except ParseError as error:
         raise ParseError(
-            f"{text} is no text that makes a {type(policy).__name__} again: let its repr be the call of its recipe, by "
+            f"{text} is no text that makes a {kind.__name__} again: let its repr be the call of its recipe, by "
             f"the name that is registered ({error})"
         ) from error
     if not same:

@@ -69,11 +69,12 @@ class View:
     Nothing in it may be modified. Slots are unordered: everything that a slot's place cannot
     tell is said. Keys and values of free slots may be anything, ``nan`` among them.
 
-    ``B`` rows, ``H`` KV heads, ``Hq`` query heads, ``S`` slots, ``F`` fresh slots, ``W`` queries.
+    ``B`` rows, ``H`` KV heads, ``Hq`` query heads, ``S`` slots, ``F`` fresh slots, ``W`` queries. What
+    reads a field that needs something declares that in ``needs``; an engine which cannot offer it refuses.
 
     Attributes:
         keys: ``[B, H, S, D]`` in the cache's dtype, as the cache holds them (after RoPE).
-        values: ``[B, H, S, Dv]`` in the cache's dtype.
+        values: ``[B, H, S, Dv]`` in the cache's dtype, of the same tokens.
         positions: ``[B, H, S]`` int32, the logical position of each slot's token, -1 where free.
         order: ``[B, H, S]`` int32, the slots in position order, free slots last.
         fresh: ``[B, H, F]`` int64, the slots filled since the policy last saw the row, -1 padded.
@@ -88,27 +89,31 @@ class View:
         recent: the last tokens that are never candidates.
         max_budget: the largest budget, known on the host.
         max_victims: the largest number of slots that a head must lose, known on the host.
-        queries: ``[B, Hq, W, D]``, the observation window, oldest first, or None.
-        query_positions: ``[B, W]`` int32, -1 where absent, or None. Those present are the row's last
-            tokens, and the last of the window.
+        queries: ``[B, Hq, W, D]`` in the cache's dtype, the observation window, oldest first, or None
+            where the plan has none. Needs ``"queries"``.
+        query_positions: ``[B, W]`` int32, -1 where absent, or None without a window. Those present are
+            the row's last tokens, and the last of the window. Needs ``"queries"``.
         lse: ``[B, Hq, W]`` float32 (float64 for a float64 cache), the log-sum-exp of each query's
             logits over every slot that is not newer, and the sink logit where there is one; anything
             where the query is absent. None where the engine does not tell, or where something was
-            evicted since one of the queries was asked.
+            evicted since one of the queries was asked. Needs ``"queries"``.
         num_layers: layers of the model.
         num_heads: KV heads of the model, more than ``H`` under tensor parallelism.
         head_offset: the global index of head 0.
         scaling: what the model multiplies logits by.
         softcap: what the model caps logits with, or None.
         sink_logits: ``[B, Hq]`` float, a logit that takes part in every softmax, or None.
-        output: the output projection of each row's layer, or None where no stage asks for it.
+        output: the output projection of each row's layer, or None where no stage asks for it. Needs
+            ``"output_projection"``.
         rotary: ``[B, D / 2]`` float64, radians a position by which each pair of elements of queries and keys
-            is turned, elements ``i`` and ``D / 2 + i``; or None where no stage asks for it.
+            is turned, elements ``i`` and ``D / 2 + i``; or None where no stage asks for it. Needs
+            ``"rotary"``.
         all_reduce: returns the sum of a tensor over the ranks that share the model's heads, the
-            same on each of them, or None on one device; see :meth:`reduce_heads`.
+            same on each of them, or None on one device; see :meth:`reduce_heads`. Needs
+            ``"cross_heads"``.
         workspace: bytes that temporaries may take.
         sharing: ``[B]`` bool, rows whose heads may keep more or less than ``budget``, as the policy
-            decides, as long as the row keeps the sum; None where no row may.
+            decides, as long as the row keeps the sum; None where no row may. Needs ``"head_budgets"``.
         stage: the index of the stage that reads this view; see :meth:`at`.
     """
 

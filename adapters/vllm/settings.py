@@ -12,20 +12,18 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from kvpolicy import catalog
 from kvpolicy.adapters.vllm.config import KEY, Config, followed, insist_on_key
 from kvpolicy.errors import BindError, BudgetError, KVPolicyError, UsageError, nearest
 from kvpolicy.grammar import parse_policy, parse_with, with_arguments
 from kvpolicy.policy import EvictionPolicy, LayerPlan, Policy
 from kvpolicy.selectors import TopK
-from kvpolicy.view import LayerSpec
 
 __all__ = ["Settings"]
 
 _FIELDS = ("policy", "budget", "seed")
 _EXAMPLE = f'SamplingParams(extra_args={{"{KEY}": {{"budget": 512, "seed": 7}}}})'
-_MOST = 8  #: numbers that a request's policy may remember of a token
+_MOST = 32  #: bytes that a request's policy may remember of each slot of a KV head
 _OVER_HTTP = f'"vllm_xargs": {{"{KEY}": "{{\\"budget\\": 512}}"}}'
 
 
@@ -126,22 +124,14 @@ def _read(config: Config, text: str) -> tuple[tuple[EvictionPolicy | None, Layer
             f"{KEY} in extra_args: {policy!r} fills {plan.capacity} slots, and the engine sets {config.plan.capacity} "
             f"aside for each request ({config.policy}); ask for at most {config.plan.capacity - (plan.interval or 0)}"
         )
-    if _remembers(policy) > _MOST:
-        raise BindError(
-            f"{KEY} in extra_args: {policy!r} remembers {_remembers(policy)} numbers of a token; {_MOST} is most"
-        )
+    if (remembered := catalog.remembered(policy)) > _MOST:
+        raise BindError(f"{KEY} in extra_args: {policy!r} remembers {remembered} bytes of a slot; {_MOST} is most")
     if plan.window > config.ring:
         raise BindError(
             f"{KEY} in extra_args: {policy!r} asks {plan.window} queries, and the engine remembers {config.ring}: "
             f'start it with "window": {plan.window}'
         )
     return (policy, plan), seed
-
-
-def _remembers(policy: EvictionPolicy) -> int:
-    """Return how many numbers of each token a policy remembers."""
-    spec = LayerSpec(1, 1, 8, 8, 8, torch.float32, torch.device("meta"))
-    return sum(t.shape[2:].numel() for one in policy.init(spec, 1) if one is not None for t in one.slots) // 8
 
 
 def _check_integer(name: str, given: Any, least: int) -> None:

@@ -51,7 +51,7 @@ def _print(entry: Registered) -> None:
     out, thing = console.stdout(), entry.load()
     out.print(f"[bold]{entry.name}[/bold]  {entry.role}, from {entry.distribution}", soft_wrap=True)
     out.print()
-    out.print(docstrings.prose(thing), markup=False, soft_wrap=True)
+    out.print(docstrings.prose(thing) or "It has no docstring.", markup=False, soft_wrap=True)
     if rows := docstrings.parameters(thing):
         out.print()
         out.print(_table(rows))
@@ -60,7 +60,7 @@ def _print(entry: Registered) -> None:
         out.print(f"{entry.name}(budget={EXAMPLE_BUDGET}) is", markup=False)
         out.print(f"    {text}", markup=False, soft_wrap=True)
     module = sys.modules.get(getattr(thing, "__module__", ""))
-    if found := docstrings.links(f"{thing.__doc__ or ''}\n{getattr(module, '__doc__', None) or ''}"):
+    if found := docstrings.links(f"{docstrings.written(thing)}\n{getattr(module, '__doc__', None) or ''}"):
         out.print()
         for url in found:
             out.print(url, markup=False, soft_wrap=True)
@@ -71,12 +71,17 @@ def _table(rows: list[docstrings.Parameter]) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for title in ("parameter", "type", "default"):
-        table.add_column(title, overflow="fold")
-    table.add_column("meaning", ratio=1)
-    for row in rows:
-        default = row.default or "(required)"
-        table.add_row(row.name, Text(row.type), Text(default), Text(row.meaning))
+    columns = {
+        "parameter": [row.name for row in rows],
+        "type": [row.type for row in rows],
+        "default": [row.default or ("" if row.name.startswith("*") else "(required)") for row in rows],
+        "meaning": [row.meaning for row in rows],
+    }
+    said = {title: column for title, column in columns.items() if any(column)}  # a class may have no annotations
+    for title in said:
+        table.add_column(title, overflow="fold", ratio=1 if title == "meaning" else None)
+    for cells in zip(*said.values(), strict=True):
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -105,7 +105,12 @@ def test_blocks_that_do_not_run_are_few() -> None:
 
 @pytest.mark.parametrize("page", marked(CONSOLE))
 def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    written: set[str] = set()  # modules of packages that the page makes
+    written: set[str] = set()  # modules of packages that the page makes, and policies that it registers
+    for block in blocks(page, "toml"):
+        if block.title is not None:
+            (tmp_path / block.title).parent.mkdir(exist_ok=True)
+            (tmp_path / block.title).write_text(block.code, "utf-8")
+            written |= set(tomllib.loads(block.code)["project"]["entry-points"]["kvpolicy.policies"])
     for command in commands(page):
         words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(command)))
         match words:
@@ -121,9 +126,9 @@ def test_commands(page: Path, request: pytest.FixtureRequest, monkeypatch: pytes
                 written.add(package.replace("-", "_"))
             case ["cd", folder]:  # what is done there, tests/cli/test_new.py does
                 assert (tmp_path / folder / "pyproject.toml").exists(), command
-            case ["pip", "install", "-e", ".[test]"] | ["pytest"]:
+            case ["pip", "install", "-e", ".[test]" | "."] | ["pytest"]:
                 assert written, command
-            case ["kvpolicy", "check", policy] if policy in written:  # tests/cli/test_new.py does
+            case ["kvpolicy", "show" | "check", policy] if policy in written:  # other tests do
                 pass
             case ["pip", "install", requirement]:
                 assert set(extras(requirement)) <= set(project()["optional-dependencies"]), command
