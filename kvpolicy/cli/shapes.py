@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from kvpolicy.cli.errors import CommandError, one_line
-from kvpolicy.cli.models import source_of
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import KVPolicyError, one_line
+from kvpolicy.loading import source_of
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.quiet import silent
 from kvpolicy.view import LayerSpec
