@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TextIO
 
 from rich.console import Console
 
@@ -48,11 +48,18 @@ def warnings_shown() -> Generator[None]:
         warnings.simplefilter("always", IncompleteWarning)
         others = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, IncompleteWarning):
                 warn(str(message))
             else:
-                others(message, category, *where)
+                others(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show
         yield

@@ -71,8 +71,9 @@ def read_shape(name: str, dtype: torch.dtype | None = None) -> ModelShape:
         dtype: of weights, keys and values; the configuration's where None.
 
     Raises:
-        CommandError: there is no such model, or its configuration does not tell what its layers cache.
-        RunError: the hub cannot be reached.
+        CommandError: the configuration does not tell what the layers cache.
+        LoadError: there is no such model.
+        OfflineError: the hub cannot be reached.
         UnsupportedError: the transformers adapter refuses this model.
     """
     source, options = source_of(name)
