@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvpolicy import Policy, registry
 from kvpolicy.adapters.hf import EvictionCache
 from kvpolicy.cli.default_model import default_model
-from kvpolicy.cli.models import load
+from kvpolicy.loading import load
 
 LENGTH, PROMPT, BUDGET, INTERVAL = 512, 64, 96, 16
 LAYER = 15  #: in the middle of the default model

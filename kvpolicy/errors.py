@@ -1,4 +1,4 @@
-"""Every error that kvpolicy raises on purpose, and its warning.
+"""Every error that kvpolicy raises on purpose, and its warnings.
 
 ::
 
@@ -11,9 +11,13 @@
     │   ├── BudgetError             budgets, guards and recent tokens do not fit (also a ValueError)
     │   └── UnsupportedError        the engine cannot give what is needed
     ├── UsageError                  a bound cache was used in a way that cannot be right
+    ├── LoadError                   there is no such model, or it cannot be loaded
+    ├── RunError                    what was asked is right, and could not be done here
+    │   └── OfflineError            the model must be fetched, and its hub cannot be reached
     └── IntegrityError              a store contradicts itself: a bug, please report it
 
     UntestedVersionWarning          an engine newer than what was tested (a UserWarning)
+    IncompleteWarning               something was missing, and work went on without it (a UserWarning)
 
 A message says what was asked, what was found, and what to write instead.
 """
@@ -27,11 +31,15 @@ __all__ = [
     "BindError",
     "BudgetError",
     "CompositionError",
+    "IncompleteWarning",
     "IntegrityError",
     "KVPolicyError",
+    "LoadError",
+    "OfflineError",
     "ParameterError",
     "ParseError",
     "PolicyError",
+    "RunError",
     "UnsupportedError",
     "UntestedVersionWarning",
     "UsageError",
@@ -77,8 +85,24 @@ class UntestedVersionWarning(UserWarning):
     """Report an engine that is newer than the versions that kvpolicy was tested with."""
 
 
+class IncompleteWarning(UserWarning):
+    """Report that something was missing, such as weights or the end of a file, and that work went on without it."""
+
+
 class UsageError(KVPolicyError):
     """Report a use of a bound cache that cannot give a right answer."""
+
+
+class LoadError(KVPolicyError):
+    """Report a model that is not there, or that cannot be loaded."""
+
+
+class RunError(KVPolicyError):
+    """Report that what was asked is right and could not be done here: for want of memory, a disk or a package."""
+
+
+class OfflineError(RunError):
+    """Report a model that must be fetched from its hub, which cannot be reached."""
 
 
 class IntegrityError(KVPolicyError):

@@ -1,4 +1,4 @@
-"""Let a model of transformers write behind a prompt, with any cache."""
+"""Let a model of transformers write behind a prompt, with any cache, and weigh what the cache holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from kvpolicy.errors import UsageError, one_line
 from kvpolicy.quiet import quiet
 
-__all__ = ["Sampling", "encode", "generated"]
+__all__ = ["Sampling", "encode", "generated", "held_bytes"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None, system: str | None
         raise UsageError("a chat is asked for, and the tokenizer of this model has no chat template; leave it out")
     chat = has_template if chat is None else chat
     if system is not None and not chat:
-        why = "contradicts --no-chat, which is chat=False"
+        why = "contradicts `chat=False`"
         if not has_template:
             why = "goes with a chat template, which this model has not"
         raise UsageError(f"a system message {why}; leave it out, or put it into the prompt")
@@ -94,3 +94,17 @@ def generated(model: Any, inputs: dict[str, Any], cache: Any, sampling: Sampling
     with quiet(), torch.inference_mode():
         found: torch.Tensor = model.generate(**on_device, **{CACHE_ARGUMENT: cache, **sampling.arguments()}, **options)
     return found
+
+
+def held_bytes(cache: Any) -> int:
+    """Return the bytes of all storage that the layers of a transformers cache hold.
+
+    A tensor that is a piece of a larger one counts as the larger one, which it keeps alive.
+    """
+    storages: dict[int, int] = {}
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

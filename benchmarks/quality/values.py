@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvpolicy.cli.default_model import default_model
-from kvpolicy.cli.models import load
 from kvpolicy.evaluation import tasks
 from kvpolicy.evaluation.table import grid
+from kvpolicy.loading import load
 from kvpolicy.scorers.tokens import magnitude
 
 SINKS = 4

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from kvpolicy.cli import checking, evaluate, explaining, generate, harness, listing, new, plot, showing, tracing
-from kvpolicy.cli.console import note
-from kvpolicy.cli.errors import exit_code, one_line
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.cli.console import note, warnings_shown
+from kvpolicy.cli.errors import exit_code, line
+from kvpolicy.errors import KVPolicyError, one_line
 
 __all__ = ["app", "run"]
 
@@ -71,7 +71,8 @@ def run(arguments: Sequence[str]) -> int:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
     try:
-        code = app(args=asked or ["--help"], prog_name="kvpolicy", standalone_mode=False) or 0
+        with warnings_shown():
+            code = app(args=asked or ["--help"], prog_name="kvpolicy", standalone_mode=False) or 0
         sys.stdout.flush()
         if code == INTERRUPTED:  # newer typer makes this of a KeyboardInterrupt
             raise KeyboardInterrupt
@@ -95,7 +96,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         usage: Any = error
         return f"error: {one_line(usage.format_message())} (see --help)", 2
     if isinstance(error, KVPolicyError):
-        return f"error: {one_line(error)}", exit_code(error)
+        return f"error: {line(error)}", exit_code(error)
     if isinstance(error, MemoryError):
         return f"error: out of memory: {one_line(error)}", 1
     kind = type(error).__name__

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli import console
-from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import RunError, one_line
 
 if TYPE_CHECKING:
     from kvpolicy.policy import EvictionPolicy

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import DynamicCache
 
-from kvpolicy.cli.models import Loaded
-from kvpolicy.cli.running import Run, held_bytes, run
-from kvpolicy.generation import Sampling
+from kvpolicy.cli.running import Run, run
+from kvpolicy.generation import Sampling, held_bytes
+from kvpolicy.loading import Loaded
 
 __all__ = ["Measured", "parting", "run_full", "table"]
 

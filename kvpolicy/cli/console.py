@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 
-__all__ = ["note", "rule", "stderr", "stdout", "warn", "working"]
+from kvpolicy.errors import IncompleteWarning
+
+__all__ = ["note", "rule", "stderr", "stdout", "warn", "warnings_shown", "working"]
 
 
 def stdout() -> Console:
@@ -35,6 +39,30 @@ def note(text: str, style: str | None = None) -> None:
 def warn(text: str) -> None:
     """Print a warning to stderr."""
     note(f"warning: {text}", style="yellow")
+
+
+@contextmanager
+def warnings_shown() -> Generator[None]:
+    """Print what the library found incomplete as :func:`warn` does, each time; other warnings as Python does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", IncompleteWarning)
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, IncompleteWarning):
+                warn(str(message))
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvpolicy.cli.errors import RunError
+from kvpolicy.errors import RunError
 from kvpolicy.quiet import silent
 
 __all__ = ["convert"]

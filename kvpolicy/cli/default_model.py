@@ -17,9 +17,9 @@ from typing import Any, Final
 
 from kvpolicy.cli import fetch
 from kvpolicy.cli.console import note, stderr, working
-from kvpolicy.cli.errors import RunError, one_line
 from kvpolicy.cli.fetch import Pinned
-from kvpolicy.cli.locks import locked
+from kvpolicy.errors import RunError, one_line
+from kvpolicy.locks import locked
 
 __all__ = ["NAME", "cache_folder", "default_model"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from kvpolicy.cli.errors import CommandError, one_line
-from kvpolicy.errors import nearest
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import nearest, one_line
 
 __all__ = ["DTYPES", "choose_device", "choose_dtype"]
 

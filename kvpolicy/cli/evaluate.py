@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli import console
-from kvpolicy.cli.errors import CommandError, RunError
+from kvpolicy.cli.errors import CommandError
 from kvpolicy.cli.options import MODEL_HELP
+from kvpolicy.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvpolicy.evaluation.jobs import Job, Model
+    from kvpolicy.evaluation.jobs import Job, Model, Worker
     from kvpolicy.evaluation.planning import Asking
     from kvpolicy.evaluation.record import Record
+    from kvpolicy.evaluation.results import Results
     from kvpolicy.evaluation.run import Cluster
     from kvpolicy.evaluation.templates import Filled
 
@@ -156,13 +158,13 @@ def _run(
     cluster: Cluster | None,
 ) -> None:
     """Do what is left of each model in turn."""
-    from kvpolicy.cli.models import load_tokenizer
     from kvpolicy.evaluation import tasks
     from kvpolicy.evaluation.jobs import Worker
     from kvpolicy.evaluation.planning import asked_of, cells, jobs, later_jobs
     from kvpolicy.evaluation.results import Results
-    from kvpolicy.evaluation.run import run, size
+    from kvpolicy.evaluation.run import size
     from kvpolicy.evaluation.weights import fingerprint, folder_of, positions
+    from kvpolicy.loading import load_tokenizer
 
     parsed = [tasks.parse(text) for text in dict.fromkeys(wanted)]
     with Results.open(out) as results:
@@ -175,9 +177,19 @@ def _run(
             left, of = sum(map(size, work)), asked_of(plans)
             console.note(f"{model.name}: {of - left} of {of} problems are finished; {left} to do, results in {out}")
             _warn_if_too_long(model.name, positions(folder), work)
-            worker = Worker(model, list(dict.fromkeys(cell.policy for plan in plans for cell in plan.cells)), weights)
-            run(worker, work, results, cluster)
-            run(worker, [job for plan in plans for job in later_jobs(plan, results, tokenizer)], results, cluster)
+            policies = list(dict.fromkeys(cell.policy for plan in plans for cell in plan.cells))
+            worker = Worker(model, policies, weights, console.working)
+            _do(worker, work, results, cluster)
+            _do(worker, [job for plan in plans for job in later_jobs(plan, results, tokenizer)], results, cluster)
+
+
+def _do(worker: Worker, work: Sequence[Job], results: Results, cluster: Cluster | None) -> None:
+    from kvpolicy.cli.progress import progress
+    from kvpolicy.evaluation.run import run, size
+
+    if work:
+        with progress(sum(map(size, work))) as tell:
+            run(worker, work, results, cluster, tell)
 
 
 def _warn_if_too_long(name: str, known: int | None, work: Sequence[Job]) -> None:

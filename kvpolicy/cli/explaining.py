@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli import console
-from kvpolicy.cli.errors import CommandError, RunError
+from kvpolicy.cli.errors import CommandError
 from kvpolicy.cli.options import POLICY_HELP
+from kvpolicy.errors import RunError
 
 if TYPE_CHECKING:
     from kvpolicy.cli.shapes import ModelShape

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpolicy.cli.errors import RunError, one_line
+from kvpolicy.errors import RunError, one_line
 
 __all__ = ["Pinned", "check", "download", "extract", "sha256"]
 

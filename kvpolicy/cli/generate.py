@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpolicy.cli import console, options
-from kvpolicy.cli.errors import CommandError, RunError
+from kvpolicy.cli.errors import CommandError
 from kvpolicy.cli.prompt import read_prompt
+from kvpolicy.errors import RunError
 
 if TYPE_CHECKING:
     from kvpolicy import EvictionPolicy
-    from kvpolicy.cli.models import Loaded
     from kvpolicy.cli.running import Run
     from kvpolicy.generation import Sampling
+    from kvpolicy.loading import Loaded
     from kvpolicy.receipt import Receipt
 
 __all__ = ["check_numbers", "chosen_policy", "generate", "load_model", "warn_if_idle", "warn_if_too_long"]
@@ -85,12 +86,12 @@ def load_model(name: str | None, dtype: str, device: str, *, exact: bool = False
         import_module("transformers")  # before a model is fetched
 
         from kvpolicy.cli.devices import choose_device, choose_dtype
-        from kvpolicy.cli.models import load
+        from kvpolicy.loading import load
     except ModuleNotFoundError as error:
         raise RunError(f"{error.name} is not installed: pip install 'kvpolicy[cli]'") from error
     where = choose_device(device)
     numbers = choose_dtype(dtype, where, exact=exact)
-    return load(_model_folder() if name is None else name, numbers, where)
+    return load(_model_folder() if name is None else name, numbers, where, console.working)
 
 
 def check_numbers(max_new_tokens: int, temperature: float, seed: int) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kvpolicy.cli.errors import RunError
+from kvpolicy.errors import RunError
 
 __all__ = ["PASSED_ON", "lm_eval"]
 

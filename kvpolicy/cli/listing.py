@@ -11,7 +11,8 @@ import typer
 
 from kvpolicy.cli import console
 from kvpolicy.cli.checking import EXAMPLES, EXAMPLES_HELP, in_words, of_recipe
-from kvpolicy.cli.errors import CommandError, one_line
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import one_line
 
 if TYPE_CHECKING:
     from rich.table import Table

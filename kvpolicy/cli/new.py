@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli import console
-from kvpolicy.cli.errors import CommandError, RunError
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import RunError
 
 __all__ = ["new"]
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from kvpolicy.cli import console
-from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import RunError, one_line
 
 __all__ = ["plot"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kvpolicy.cli.errors import CommandError, one_line
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import one_line
 
 __all__ = ["read_prompt"]
 

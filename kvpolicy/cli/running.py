@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
-from kvpolicy.cli.errors import RunError, one_line
+from kvpolicy.errors import RunError, one_line
 from kvpolicy.generation import Sampling, generated
 
 if TYPE_CHECKING:
-    from kvpolicy.cli.models import Loaded
+    from kvpolicy.loading import Loaded
 
-__all__ = ["Run", "evictions", "held_bytes", "run"]
+__all__ = ["Run", "evictions", "run"]
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,3 @@ def evictions(cache: Any) -> int:
     Asked after every token, so that it reads less than a receipt.
     """
     return max(getattr(cache, "evictions", ()), default=0)
-
-
-def held_bytes(cache: Any) -> int:
-    """Return the bytes of all storage that the layers of a transformers cache hold.
-
-    A tensor that is a piece of a larger one counts as the larger one, which it keeps alive.
-    """
-    storages: dict[int, int] = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from kvpolicy.cli.errors import CommandError, one_line
-from kvpolicy.cli.models import source_of
-from kvpolicy.errors import KVPolicyError
+from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import KVPolicyError, one_line
+from kvpolicy.loading import source_of
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.quiet import silent
 from kvpolicy.view import LayerSpec
@@ -71,8 +71,9 @@ def read_shape(name: str, dtype: torch.dtype | None = None) -> ModelShape:
         dtype: of weights, keys and values; the configuration's where None.
 
     Raises:
-        CommandError: there is no such model, or its configuration does not tell what its layers cache.
-        RunError: the hub cannot be reached.
+        CommandError: the configuration does not tell what the layers cache.
+        LoadError: there is no such model.
+        OfflineError: the hub cannot be reached.
         UnsupportedError: the transformers adapter refuses this model.
     """
     source, options = source_of(name)

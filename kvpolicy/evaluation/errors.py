@@ -12,4 +12,4 @@ class DataError(KVPolicyError):
 
 
 class EvaluationError(KVPolicyError):
-    """Report a task, or a grading, that cannot be done as it is asked for."""
+    """Report an evaluation that cannot be done as it is asked for: its tasks, policies, engine or file of results."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpolicy.cli.hub import unreachable
+from kvpolicy.hub import unreachable
 
 __all__ = ["FILES", "HubFile", "fetch"]
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import platform
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import torch
 
-from kvpolicy.cli.errors import RunError, one_line
-from kvpolicy.cli.models import load, load_tokenizer
-from kvpolicy.errors import BindError
+from kvpolicy.errors import BindError, RunError, one_line
 from kvpolicy.evaluation import loops
 from kvpolicy.evaluation.generation import Generation
 from kvpolicy.evaluation.grading import grade
@@ -23,6 +22,7 @@ from kvpolicy.evaluation.record import FULL, Cell, Record
 from kvpolicy.evaluation.rendering import Asked
 from kvpolicy.evaluation.weights import fingerprint, folder_of
 from kvpolicy.grammar import parse_policy
+from kvpolicy.loading import load, load_tokenizer
 
 __all__ = ["ENGINES", "Answering", "Job", "Model", "Reading", "Worker"]
 
@@ -105,10 +105,17 @@ class Worker:
         model: which, and how it runs.
         policies: the texts of all policies that jobs may name.
         weights: the model's fingerprint, which must be that of what is loaded where the worker runs.
+        working: as of :func:`kvpolicy.loading.load`.
     """
 
-    def __init__(self, model: Model, policies: Sequence[str], weights: str) -> None:
-        self.model, self.policies, self.weights = model, tuple(policies), weights
+    def __init__(
+        self,
+        model: Model,
+        policies: Sequence[str],
+        weights: str,
+        working: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.model, self.policies, self.weights, self.working = model, tuple(policies), weights, working
         self._engine: Any = None
         self._tokenizer: Any = None
 
@@ -116,7 +123,7 @@ class Worker:
         """Load the model, and bind every policy to it once.
 
         Raises:
-            CommandError: there is no such model.
+            LoadError: there is no such model.
             RunError: here it is another one.
             BindError: a policy cannot run on it.
         """
@@ -137,7 +144,8 @@ class Worker:
         from kvpolicy.adapters.hf import EvictionCache
         from kvpolicy.evaluation.answering import TransformersEngine
 
-        loaded = load(self.model.name, getattr(torch, self.model.dtype), torch.device(self.model.device))
+        dtype, device = getattr(torch, self.model.dtype), torch.device(self.model.device)
+        loaded = load(self.model.name, dtype, device, self.working)
         for policy in parsed:
             try:
                 EvictionCache(loaded.model, policy, max_new_tokens=1).unbind()
@@ -156,7 +164,7 @@ class Worker:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise RunError(
                 f"{self.model.device} has not enough memory for {len(_rows(batch))} rows at once: write a smaller "
-                f"--batch ({one_line(error, 120)})"
+                f"`batch` ({one_line(error, 120)})"
             ) from error
 
     def _answer(self, job: Answering) -> list[Record]:

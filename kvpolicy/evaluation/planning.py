@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvpolicy.cli.console import warn
-from kvpolicy.cli.errors import CommandError
+from kvpolicy.errors import IncompleteWarning
 from kvpolicy.evaluation.answering import batches
 from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.jobs import Answering, Job, Model, Reading
@@ -72,7 +72,7 @@ def cells(
 
     Raises:
         DataError: a task's files are not there.
-        CommandError: texts are read, and nothing evicts or the engine cannot.
+        EvaluationError: texts are read, and nothing evicts or the engine cannot.
     """
     plans = []
     for task in dict.fromkeys(tasks):
@@ -113,12 +113,12 @@ def _insist(
 ) -> None:
     """Refuse what the engine cannot do, and texts that nothing would evict from."""
     if is_read and model.engine != "transformers":
-        raise CommandError(f"{task!r} is read, which --engine {model.engine} cannot: leave --engine out")
+        raise EvaluationError(f"{task!r} is read, which `engine` {model.engine} cannot: leave `engine` out")
     if is_read and all(one.policy is None for one in policies):
-        raise CommandError(f"{task!r} is read under a policy and compared with the full cache: add --policy")
+        raise EvaluationError(f"{task!r} is read under a policy and compared with the full cache: add `policies`")
     if model.engine != "transformers" and any(one.behind or one.turns for one in answered):
-        raise CommandError(
-            f"{task!r} feeds its problems in parts, which --engine {model.engine} cannot: leave --engine out"
+        raise EvaluationError(
+            f"{task!r} feeds its problems in parts, which `engine` {model.engine} cannot: leave `engine` out"
         )
 
 
@@ -174,9 +174,8 @@ def later_jobs(plan: Plan, results: Results, tokenizer: Any) -> Iterator[Reading
             if len(answer) >= PROMPT_OF_TEXT:
                 texts.append(_Tokens(problem.id, (*whole, *answer), len(whole)))
         if not texts:
-            warn(
-                f"{plan.task!r}: no answer has {PROMPT_OF_TEXT} tokens, and shorter ones are not read; there is no row"
-            )
+            none = f"{plan.task!r}: no answer has {PROMPT_OF_TEXT} tokens, and shorter ones are not read"
+            warnings.warn(f"{none}; there is no row", IncompleteWarning, stacklevel=2)
         mine = replace(plan, cells=tuple(cell for cell in plan.cells if cell.seed == first.seed))
         yield from _readings(mine, results, texts, 1)
 
@@ -199,13 +198,13 @@ def _insist_on_same(finished: Mapping[str, Record], digests: Mapping[str, str]) 
     """Refuse to go on with results of other problems of the same names.
 
     Raises:
-        CommandError: one of them is.
+        EvaluationError: one of them is.
     """
     for problem, record in finished.items():
         known = record.details.get("asked")
         if known is not None and digests.get(problem, known) != known:
-            raise CommandError(
-                f"{problem} of {record.cell.task} was another one when --out was written: its file, or the version "
+            raise EvaluationError(
+                f"{problem} of {record.cell.task} was another one when `results` was written: its file, or the version "
                 "that makes it, has changed; name another file"
             )
 

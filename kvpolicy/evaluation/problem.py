@@ -82,7 +82,7 @@ class Task(Protocol):
         """Return all problems, always in the same order.
 
         Args:
-            data: the folder that the user named with ``--data``, or None.
+            data: the folder that the user named, or None.
 
         Raises:
             DataError: the files are not there; the message says where they were looked for.

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from kvpolicy.cli.errors import one_line
+from kvpolicy.errors import one_line
 from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.problem import Problem
 

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from kvpolicy.cli.errors import CommandError
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.measures import Row, TextRow, grouped, is_text
 from kvpolicy.evaluation.record import FULL, Cell, Record, short
 from kvpolicy.evaluation.table import footer, grid, legend, markdown, rows, setting, text_rows
@@ -62,10 +62,10 @@ def report(records: Sequence[Record], where: Path, baseline: str | None = None) 
         baseline: the label of what differences are taken from; where None, the full cache for answers, VaSE for texts.
 
     Raises:
-        CommandError: there is no record, or the page cannot be written.
+        EvaluationError: there is no record, or the page cannot be written.
     """
     if not records:
-        raise CommandError("a report takes one finished problem at least, found none: run the evaluation first")
+        raise EvaluationError("a report takes one finished problem at least, found none: run the evaluation first")
     path = where if where.suffix == ".md" else where / "report.md"
     answers, texts, curves = rows(records, baseline or FULL), text_rows(records, baseline), _curves(records)
     try:
@@ -80,7 +80,7 @@ def report(records: Sequence[Record], where: Path, baseline: str | None = None) 
         parts += [_again(records), _versions(records)]
         path.write_text("\n".join(parts), encoding="utf-8")
     except OSError as error:
-        raise CommandError(f"cannot write a report to {path}: {error.strerror}; name another place") from error
+        raise EvaluationError(f"cannot write a report to {path}: {error.strerror}; name another place") from error
     return path
 
 

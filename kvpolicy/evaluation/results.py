@@ -10,15 +10,16 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvpolicy.cli.console import warn
-from kvpolicy.cli.errors import CommandError, RunError
-from kvpolicy.cli.locks import locked
+from kvpolicy.errors import IncompleteWarning, RunError
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.record import Cell, Record
+from kvpolicy.locks import locked
 
 __all__ = ["SCHEMA", "Results", "cell_from_dict", "decode", "encode", "read", "record_from_dict", "to_dict"]
 
@@ -45,20 +46,21 @@ class Results:
         """Open a file for one run, made if it is missing; a last line that was cut is dropped, with a warning.
 
         Raises:
-            CommandError: another run has it open, it cannot be written, or a line of it cannot be read;
+            EvaluationError: another run has it open, it cannot be written, or a line of it cannot be read;
                 the file is then as it was.
         """
 
         def refuse() -> NoReturn:
-            raise CommandError(f"{path} is being written by another run: wait for it, or write to another file")
+            raise EvaluationError(f"{path} is being written by another run: wait for it, or write to another file")
 
         with ExitStack() as stack:
             try:
                 has_lock = stack.enter_context(locked(path, refuse))
             except OSError as error:
-                raise CommandError(f"cannot write results to {path}: {error.strerror}; name another file") from error
+                raise EvaluationError(f"cannot write results to {path}: {error.strerror}; name another file") from error
             if not has_lock:
-                warn(f"{path} cannot be locked here: see to it that no other run writes it")
+                why = f"{path} cannot be locked here: see to it that no other run writes it"
+                warnings.warn(why, IncompleteWarning, stacklevel=3)
             finished: Finished = {}
             whole = _load(path, finished)
             if whole < path.stat().st_size:
@@ -111,7 +113,7 @@ def read(paths: Path | Sequence[Path]) -> list[Record]:
     that a run is writing now, is left out with a warning.
 
     Raises:
-        CommandError: a file is not there, a line cannot be read, or two lines contradict each other.
+        EvaluationError: a file is not there, a line cannot be read, or two lines contradict each other.
     """
     finished: Finished = {}
     for path in [paths] if isinstance(paths, Path) else paths:
@@ -196,7 +198,7 @@ def _load(path: Path, finished: Finished) -> int:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CommandError(f"cannot read results from {path}: {error.strerror}; name another file") from error
+        raise EvaluationError(f"cannot read results from {path}: {error.strerror}; name another file") from error
     *lines, cut = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
@@ -206,7 +208,8 @@ def _load(path: Path, finished: Finished) -> int:
     if cut and not HEAD.startswith(cut[: len(HEAD)]):  # never shorten a file that is none of ours
         raise _unreadable(path, len(lines) + 1, "it is not a line of results")
     if cut:
-        warn(f"{path}: the last line was cut in the middle of a write, and is dropped")
+        why = f"{path}: the last line was cut in the middle of a write, and is dropped"
+        warnings.warn(why, IncompleteWarning, stacklevel=3)
     return len(data) - len(cut)
 
 
@@ -216,8 +219,8 @@ def _add(record: Record, finished: Finished) -> None:
         raise ValueError(f"problem {record.problem!r} of {_name(record.cell)} was there before, with another content")
 
 
-def _unreadable(path: Path, number: int, why: str) -> CommandError:
-    return CommandError(
+def _unreadable(path: Path, number: int, why: str) -> EvaluationError:
+    return EvaluationError(
         f"{path}, line {number} cannot be read: {why}; repair the line, delete it, or name another file"
     )
 

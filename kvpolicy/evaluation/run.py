@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kvpolicy.cli.console import note, stderr
 from kvpolicy.evaluation.jobs import Answering, Job, Worker
 from kvpolicy.evaluation.record import Record
 from kvpolicy.evaluation.results import Results
@@ -32,17 +29,28 @@ class Cluster:
     gpus: float = 0
 
 
-def run(worker: Worker, work: Sequence[Job], results: Results, cluster: Cluster | None) -> None:
+def run(
+    worker: Worker,
+    work: Sequence[Job],
+    results: Results,
+    cluster: Cluster | None,
+    tell: Callable[[Sequence[Record]], None] | None = None,
+) -> None:
     """Do all jobs, and append the records of each as soon as it is done.
+
+    Args:
+        worker: who does them, here or a copy in each process of the cluster.
+        work: what is left to do.
+        results: the file.
+        cluster: where several workers run; None runs one here.
+        tell: called with the records of each job, once they are written.
 
     Raises:
         KVPolicyError: a job cannot be done; what was done before is written.
     """
-    if not work:
-        return
-    with _progress(sum(map(size, work))) as tell:
-        for records in _done(worker, work, cluster):
-            results.append(records)
+    for records in _done(worker, work, cluster) if work else ():
+        results.append(records)
+        if tell is not None:
             tell(records)
 
 
@@ -60,32 +68,3 @@ def _done(worker: Worker, work: Sequence[Job], cluster: Cluster | None) -> Itera
 
     address = None if cluster.address == "local" else cluster.address
     yield from spread(work, worker, address=address, workers=cluster.workers, cpus=cluster.cpus, gpus=cluster.gpus)
-
-
-@contextmanager
-def _progress(total: int) -> Generator[Callable[[Sequence[Record]], None]]:
-    """Show what is done: a bar on a terminal, a line a batch elsewhere."""
-    console = stderr()
-    if console.is_terminal:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=total)
-            yield lambda records: progress.update(task, advance=len(records), description=_said(records))
-        return
-    start, done = time.monotonic(), 0
-
-    def tell(records: Sequence[Record]) -> None:
-        nonlocal done
-        done += len(records)
-        note(f"{done} of {total} problems after {time.monotonic() - start:.0f} s: {_said(records)}")
-
-    yield tell
-
-
-def _said(records: Sequence[Record]) -> str:
-    cells = dict.fromkeys(record.cell for record in records)
-    first = next(iter(cells))
-    who = first.label if len(cells) == 1 else f"{len(cells)} policies"
-    return f"{first.task}, {who}" + (f", b = {first.budget}" if first.budget and len(cells) == 1 else "")

@@ -16,7 +16,8 @@ from kvpolicy.adapters.vllm.arena import Arena
 from kvpolicy.adapters.vllm.board import counted
 from kvpolicy.adapters.vllm.config import KEY, Config, followed
 from kvpolicy.adapters.vllm.settings import Settings
-from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.errors import RunError, one_line
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.generation import Generation
 from kvpolicy.grammar import text_of
 from kvpolicy.policy import EvictionPolicy
@@ -56,7 +57,7 @@ class VLLMEngine:
         options: more arguments of ``vllm.LLM``, such as ``dtype`` or ``max_model_len``.
 
     Raises:
-        CommandError: vLLM is not installed, or was told to run in another process.
+        EvaluationError: vLLM is not installed, or was told to run in another process.
         UnsupportedError: a policy that vLLM's memory cannot follow.
 
     Example::
@@ -68,13 +69,13 @@ class VLLMEngine:
     def __init__(self, model: str | Path, policies: Sequence[EvictionPolicy] = (), **options: Any) -> None:
         self.config = config_of(policies)
         if os.environ.setdefault(_IN_PROCESS, "0") != "0":  # the bytes of blocks are asked of its scheduler
-            raise CommandError(
+            raise EvaluationError(
                 f"{_IN_PROCESS}={os.environ[_IN_PROCESS]}: evaluation has vLLM in its own process; unset it"
             )
         try:
             from vllm import LLM
         except ModuleNotFoundError as error:
-            raise CommandError(f"{error.name} is not installed: pip install 'kvpolicy[vllm]'") from error
+            raise EvaluationError(f"{error.name} is not installed: pip install 'kvpolicy[vllm]'") from error
         asked = {} if self.config is None else {KEY: {"policy": self.config.policy, "window": self.config.window}}
         self._llm = LLM(str(model), additional_config=asked, **options)
 
@@ -129,7 +130,7 @@ class VLLMEngine:
                 [TokensPrompt(prompt_token_ids=list(one)) for one in prompts], params, use_tqdm=False
             )
         except VLLMValidationError as error:
-            raise CommandError(f"vLLM refuses a request: {one_line(error)}") from error
+            raise EvaluationError(f"vLLM refuses a request: {one_line(error)}") from error
         if again := _recomputed() - before:
             raise RunError(
                 f"{again:g} requests were preempted after an eviction, and their answers are not exact: give vLLM more "
@@ -144,7 +145,7 @@ class VLLMEngine:
         if policy is None:
             return None if self.config is None else {KEY: "off"}
         if self.config is None:
-            raise CommandError(
+            raise EvaluationError(
                 f"the engine was started without policies and is asked for {policy!r}: name it in policies"
             )
         return {KEY: {"policy": text_of(policy), "seed": seed}}

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
-from kvpolicy.cli.errors import CommandError, RunError, one_line
+from kvpolicy.errors import RunError, one_line
+from kvpolicy.evaluation.errors import EvaluationError
 
 __all__ = ["TRIES", "RunBatch", "spread"]
 
@@ -84,15 +85,15 @@ def spread(
         gpus: GPUs of each worker, or a share of one.
 
     Raises:
-        CommandError: Ray is not installed, or the cluster has less than was asked for.
+        EvaluationError: Ray is not installed, or the cluster has less than was asked for.
         RunError: a batch raised an error, or all its workers died.
     """
     if workers < 1:
-        raise CommandError(f"workers={workers}: write how many processes share the work, at least 1")
+        raise EvaluationError(f"workers={workers}: write how many processes share the work, at least 1")
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed: pip install 'kvpolicy[ray]'") from error
+        raise EvaluationError(f"{error.name} is not installed: pip install 'kvpolicy[ray]'") from error
     remote: Any = ray.remote(_Worker).options(num_cpus=cpus, num_gpus=gpus)
     left = (_Job(number, batch) for number, batch in enumerate(batches))
     again: deque[_Job] = deque()
@@ -143,12 +144,12 @@ def _insist(resources: dict[str, float], workers: int, cpus: int, gpus: float) -
     """Refuse what a cluster would wait for without end.
 
     Raises:
-        CommandError: it has fewer cores or GPUs than all workers need.
+        EvaluationError: it has fewer cores or GPUs than all workers need.
     """
     for name, each in (("CPU", cpus), ("GPU", gpus)):
         found = resources.get(name, 0)
         if each and found < workers * each:
-            raise CommandError(
+            raise EvaluationError(
                 f"workers={workers} with {each:g} {name} each need {workers * each:g}, and the Ray cluster has "
                 f"{found:g}; ask for at most {int(found / each)} workers"
             )
@@ -167,7 +168,7 @@ def _cluster(ray: Any, address: str | None, cores: int) -> Generator[None]:
         try:
             ray.init(address=address, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise CommandError(f"there is no Ray cluster at {address}: {one_line(error, 200)}") from error
+            raise EvaluationError(f"there is no Ray cluster at {address}: {one_line(error, 200)}") from error
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvpolicy.cli.errors import CommandError
+from kvpolicy.evaluation.errors import EvaluationError
 
 __all__ = ["Interval", "by_problem", "mean_interval", "paired_interval", "rate_interval", "score_interval"]
 
@@ -74,7 +74,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 
     Raises:
-        CommandError: there is no value.
+        EvaluationError: there is no value.
     """
     n = _count(values)
     data = torch.tensor(values, dtype=torch.float64)
@@ -97,14 +97,14 @@ def rate_interval(rates: Sequence[float]) -> Interval:
     with others in Brown, Cai and DasGupta, Interval estimation for a binomial proportion, 2001.
 
     Raises:
-        CommandError: there is no rate, or one is not from 0 to 1.
+        EvaluationError: there is no rate, or one is not from 0 to 1.
 
     >>> rate_interval([0.0] * 20).high < 0.17
     True
     """
     n = _count(rates)
     if not all(0 <= rate <= 1 for rate in rates):
-        raise CommandError(f"a rate is from 0 to 1, found {min(rates)} to {max(rates)}: use mean_interval")
+        raise EvaluationError(f"a rate is from 0 to 1, found {min(rates)} to {max(rates)}: use mean_interval")
     rate = math.fsum(rates) / n
     centre = (rate + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(rate * (1 - rate) / n + (Z / (2 * n)) ** 2) / (1 + Z * Z / n)
@@ -118,7 +118,7 @@ def score_interval(scores: Sequence[float]) -> Interval:
         scores: from 0 to 1, one for each problem.
 
     Raises:
-        CommandError: there is no score, or one is not from 0 to 1.
+        EvaluationError: there is no score, or one is not from 0 to 1.
     """
     if len(set(scores)) < 2 or set(scores) <= {0.0, 1.0}:
         return rate_interval(scores)
@@ -136,11 +136,11 @@ def paired_interval(ours: Mapping[str, float], baseline: Mapping[str, float]) ->
         baseline: what is subtracted.
 
     Raises:
-        CommandError: fewer than two problems are shared.
+        EvaluationError: fewer than two problems are shared.
     """
     shared = sorted(ours.keys() & baseline.keys())
     if len(shared) < 2:
-        raise CommandError(
+        raise EvaluationError(
             f"a difference takes two problems that both have, found {len(shared)} among {len(ours)} and "
             f"{len(baseline)}: run both on the same problems"
         )
@@ -153,7 +153,7 @@ def paired_interval(ours: Mapping[str, float], baseline: Mapping[str, float]) ->
 
 def _count(values: Sequence[float]) -> int:
     if not values:
-        raise CommandError("a mean takes one value at least, found none: run some problems first")
+        raise EvaluationError("a mean takes one value at least, found none: run some problems first")
     return len(values)
 
 

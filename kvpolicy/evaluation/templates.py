@@ -6,8 +6,8 @@ import ast
 from dataclasses import dataclass
 
 from kvpolicy import registry
-from kvpolicy.cli.errors import CommandError
 from kvpolicy.errors import ParseError
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.record import FULL, short
 from kvpolicy.grammar import parse_policy, text_of
 from kvpolicy.policy import EvictionPolicy
@@ -50,7 +50,7 @@ def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
         budgets: slots per KV head.
 
     Raises:
-        CommandError: a template wants a budget and there is none, or no template wants one.
+        EvaluationError: a template wants a budget and there is none, or no template wants one.
         PolicyError: it is no policy.
 
     >>> [(one.label, one.budget) for one in fill(["snapkv", "full"], [256, 512])]
@@ -58,7 +58,7 @@ def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
     """
     for budget in budgets:
         if budget < 1:
-            raise CommandError(f"--budget {budget}: it is at least 1")
+            raise EvaluationError(f"`budgets` {budget}: it is at least 1")
     _insist_on_names(templates)
     found: dict[tuple[str, int], Filled] = {}
     for template in templates:
@@ -66,14 +66,14 @@ def fill(templates: list[str], budgets: list[int]) -> list[Filled]:
         if not takes_budget(template):
             filled = [Filled(template, 0, None if source == FULL else parse_policy(source))]
         elif not budgets:
-            raise CommandError(f"{template} has no budget: add --budget 256, or write a number for b")
+            raise EvaluationError(f"{template} has no budget: add `budgets` 256, or write a number for b")
         else:
             filled = [Filled(template, budget, _parse(source, budget)) for budget in budgets]
         found.update({(one.label, one.budget): one for one in filled})
     if budgets and not any(takes_budget(one) for one in templates):
-        raise CommandError(
-            f"--budget {', '.join(map(str, budgets))} goes nowhere: no policy has a place for it; write b, as in "
-            '"vase(b)", or leave --budget out'
+        raise EvaluationError(
+            f"`budgets` {', '.join(map(str, budgets))} goes nowhere: no policy has a place for it; write b, as in "
+            '"vase(b)", or leave `budgets` out'
         )
     return list(found.values())
 
@@ -82,13 +82,13 @@ def _insist_on_names(templates: list[str]) -> None:
     """Refuse one name for several policies.
 
     Raises:
-        CommandError: there is one, or the name of the full cache stands for another.
+        EvaluationError: there is one, or the name of the full cache stands for another.
     """
     known: dict[str, str] = {FULL: FULL}
     for template in templates:
         name = short(template).strip()
         if known.setdefault(name, _source(template)) != _source(template):
-            raise CommandError(f"{name!r} names {known[name]} and {_source(template)}: give each a name of its own")
+            raise EvaluationError(f"{name!r} names {known[name]} and {_source(template)}: give each a name of its own")
 
 
 def takes_budget(template: str) -> bool:
@@ -146,7 +146,7 @@ class _Filler(ast.NodeTransformer):
                     case ast.FloorDiv() if right:
                         return ast.Constant(left // right)
                     case ast.Div():
-                        raise CommandError(f"{left} / {right} need not be a whole number: write // in a policy")
+                        raise EvaluationError(f"{left} / {right} need not be a whole number: write // in a policy")
                     case _:
                         return node
             case _:

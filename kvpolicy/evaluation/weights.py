@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from kvpolicy.cli.errors import CommandError, one_line
-from kvpolicy.cli.hub import unreachable
+from kvpolicy.errors import LoadError, one_line
+from kvpolicy.hub import unreachable
 
 __all__ = ["fingerprint", "folder_of", "positions"]
 
@@ -21,7 +21,7 @@ def folder_of(name: str) -> Path:
     """Return the folder of a model, on the disk or in the hub's local cache, fetched if it is not there.
 
     Raises:
-        CommandError: there is no such model.
+        LoadError: there is no such model.
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
@@ -31,18 +31,18 @@ def folder_of(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=is_local))
     except Exception as error:  # the hub's client raises errors of its own, and those of the network
-        raise CommandError(f"cannot load {name}: {one_line(error)}") from error
+        raise LoadError(f"cannot load {name}: {one_line(error)}") from error
 
 
 def fingerprint(folder: Path) -> str:
     """Return 16 hexadecimal digits that tell settings, tokenizer and weights, these by pieces all over each file.
 
     Raises:
-        CommandError: the folder holds no weights.
+        LoadError: the folder holds no weights.
     """
     weights = sorted(path for kind in WEIGHTS for path in folder.glob(kind))
     if not weights:
-        raise CommandError(f"the folder {folder} holds no weights: there is no .safetensors file in it")
+        raise LoadError(f"the folder {folder} holds no weights: there is no .safetensors file in it")
     digest = hashlib.sha256()
     for path in sorted({path for kind in SETTINGS for path in folder.glob(kind)}):
         digest.update(path.name.encode() + path.read_bytes())

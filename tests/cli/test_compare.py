@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvpolicy.cli import compare, devices
 from kvpolicy.cli.compare import Measured, parting
-from kvpolicy.cli.running import Run, held_bytes
+from kvpolicy.cli.running import Run
+from kvpolicy.generation import held_bytes
 from tests.cli.tools import Command, Result, byte_tokenizer
 
 POLICY = "Policy(Recency() >> Sinks(2) >> TopK(24), interval=8, recent=4)"

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from kvpolicy import locks
 from kvpolicy.cli import default_model as module
-from kvpolicy.cli import fetch, locks
+from kvpolicy.cli import fetch
 from kvpolicy.cli.default_model import FOLDER, METADATA, cache_folder, default_model
-from kvpolicy.cli.errors import RunError
 from kvpolicy.cli.fetch import Pinned
+from kvpolicy.errors import RunError
 
 CONTENT = b"weights, quantised"
 

@@ -14,8 +14,9 @@ import typer
 import kvpolicy as package
 from kvpolicy.cli import listing
 from kvpolicy.cli.app import app
-from kvpolicy.cli.errors import CommandError, RunError, exit_code, one_line
-from kvpolicy.errors import IntegrityError, ParameterError
+from kvpolicy.cli.errors import CommandError, exit_code
+from kvpolicy.errors import IntegrityError, OfflineError, ParameterError, RunError, one_line
+from kvpolicy.evaluation.errors import EvaluationError
 from tests.cli.tools import Command
 
 PROGRAM = [sys.executable, "-m", "kvpolicy.cli"]
@@ -69,7 +70,13 @@ def test_bad_options_are_one_line(kvpolicy: Command, arguments: list[str], part:
     [
         (CommandError("wrong\n  thing"), 2, "error: wrong thing"),
         (ParameterError("too large"), 2, "error: too large"),
-        (RunError("no network"), 1, "error: no network"),
+        (
+            EvaluationError("`budgets` 0 and `x`: leave `engine` out"),
+            2,
+            "error: --budget 0 and `x`: leave --engine out\n",
+        ),
+        (RunError("no network"), 1, "error: no network\n"),
+        (OfflineError("no hub: connect"), 1, "error: no hub: connect, or leave --model out\n"),
         (IntegrityError("slots differ"), 1, "error: slots differ"),
         (MemoryError("16 GB"), 1, "error: out of memory: 16 GB"),
         (ZeroDivisionError("a bug"), 1, "error: ZeroDivisionError: a bug (KVPOLICY_TRACEBACK=1"),

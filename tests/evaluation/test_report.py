@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvpolicy.cli.errors import CommandError
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.record import Record
 from kvpolicy.evaluation.report import command, report
 from tests.evaluation.records import FULL, answer, answers, cell, text, texts
@@ -106,9 +106,9 @@ def test_versions_that_differ_are_all_named(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CommandError, match="name another place"):
+    with pytest.raises(EvaluationError, match="name another place"):
         report(RECORDS, tmp_path / "file" / "folder")
-    with pytest.raises(CommandError, match="found none"):
+    with pytest.raises(EvaluationError, match="found none"):
         report([], tmp_path)
 
 

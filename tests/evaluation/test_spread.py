@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvpolicy.cli.errors import CommandError, RunError
+from kvpolicy.errors import RunError
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.spread import _insist, spread
 from tests.evaluation.commands import PASSCODE, POLICIES, TEXT, Run, table, timeless
 
@@ -146,18 +147,18 @@ def test_the_command_spread_over_two_workers_finds_what_one_process_finds(run: R
 
 def test_more_than_a_cluster_has_is_refused_and_not_waited_for() -> None:
     _insist({"CPU": 4.0, "GPU": 1.0}, 2, 2, 0.5)
-    with pytest.raises(CommandError, match="need 8, and the Ray cluster has 4; ask for at most 2 workers"):
+    with pytest.raises(EvaluationError, match="need 8, and the Ray cluster has 4; ask for at most 2 workers"):
         _insist({"CPU": 4.0}, 4, 2, 0)
-    with pytest.raises(CommandError, match="with 1 GPU each need 2, and the Ray cluster has 0"):
+    with pytest.raises(EvaluationError, match="with 1 GPU each need 2, and the Ray cluster has 0"):
         _insist({"CPU": 4.0}, 2, 1, 1)
 
 
 def test_no_workers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="at least 1"):
+    with pytest.raises(EvaluationError, match="at least 1"):
         list(spread([1], Square(tmp_path), workers=0))
 
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(CommandError, match=r"pip install 'kvpolicy\[ray\]'"):
+    with pytest.raises(EvaluationError, match=r"pip install 'kvpolicy\[ray\]'"):
         list(spread([1], Square(tmp_path)))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.cli.errors import CommandError
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.statistics import (
     Interval,
     by_problem,
@@ -139,9 +139,9 @@ def test_one_value_says_nothing_of_the_spread() -> None:
 
 def test_what_has_no_interval_is_refused() -> None:
     for function in (mean_interval, rate_interval, score_interval):
-        with pytest.raises(CommandError, match="found none"):
+        with pytest.raises(EvaluationError, match="found none"):
             function([])
-    with pytest.raises(CommandError, match="from 0 to 1"):
+    with pytest.raises(EvaluationError, match="from 0 to 1"):
         rate_interval([0.5, 1.5])
-    with pytest.raises(CommandError, match="found 1 among 2 and 3"):
+    with pytest.raises(EvaluationError, match="found 1 among 2 and 3"):
         paired_interval({"a": 1.0, "b": 2.0}, {"b": 1.0, "c": 1.0, "d": 0.0})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvpolicy import EvictionPolicy, Policy, PolicyError, registry
-from kvpolicy.cli.errors import CommandError
 from kvpolicy.errors import KVPolicyError
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.leaderboard import ABLATION, LEADERBOARD, QUICK
 from kvpolicy.evaluation.templates import Filled, fill, takes_budget
 from kvpolicy.policies import h2o, pyramidkv, random_eviction, snapkv, vase
@@ -72,19 +72,19 @@ def test_duplicates_come_once() -> None:
 
 def test_a_template_without_its_budget_says_so() -> None:
     for template in ("vase", "Recency() >> TopK(b)", "vase(128, recent=b // 8)"):
-        with pytest.raises(CommandError, match="has no budget: add --budget 256"):
+        with pytest.raises(EvaluationError, match="has no budget: add `budgets` 256"):
             fill(["full", template], [])
 
 
 def test_budgets_that_go_nowhere_say_so() -> None:
-    with pytest.raises(CommandError, match=r"--budget 128, 256 goes nowhere: .* write b"):
+    with pytest.raises(EvaluationError, match=r"`budgets` 128, 256 goes nowhere: .* write b"):
         fill(["full", "vase(96)"], [128, 256])
     assert len(fill(["vase(96)", "vase"], [128])) == 2  # it goes somewhere
 
 
 @pytest.mark.parametrize("budget", [0, -5])
 def test_a_budget_is_at_least_one(budget: int) -> None:
-    with pytest.raises(CommandError, match=f"--budget {budget}: it is at least 1"):
+    with pytest.raises(EvaluationError, match=f"`budgets` {budget}: it is at least 1"):
         fill(["vase"], [128, budget])
 
 
@@ -109,7 +109,7 @@ def test_a_budget_is_at_least_one(budget: int) -> None:
 def test_what_is_no_policy_is_refused_in_one_line(template: str, why: str) -> None:
     with pytest.raises(KVPolicyError, match=why) as caught:
         fill([template, "vase"], [128])
-    assert isinstance(caught.value, PolicyError | CommandError)
+    assert isinstance(caught.value, PolicyError | EvaluationError)
     assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kvpolicy import BudgetError, Policy
 from kvpolicy.adapters.vllm import account
-from kvpolicy.cli.errors import CommandError
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.generation import Generation
 from kvpolicy.evaluation.serving import VLLMEngine
 from tests.models import default_folder, real, tokenizer
@@ -86,6 +86,6 @@ def test_a_seed_says_what_is_sampled(engine: VLLMEngine, prompts: list[list[int]
 def test_what_the_engine_was_not_started_for_is_refused(engine: VLLMEngine, prompts: list[list[int]]) -> None:
     with pytest.raises(BudgetError, match="ask for at most"):
         engine.generate(prompts, Policy.parse("vase(256)"), max_new_tokens=4)
-    with pytest.raises(CommandError, match="vLLM refuses a request"):
+    with pytest.raises(EvaluationError, match="vLLM refuses a request"):
         engine.generate([prompts[0] * 40], TIGHT, max_new_tokens=4)
     assert len(engine.generate(prompts, TIGHT, max_new_tokens=4)) == 3

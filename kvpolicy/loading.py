@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvpolicy.cli.console import warn, working
-from kvpolicy.cli.errors import CommandError, RunError, one_line
-from kvpolicy.cli.hub import unreachable
+from kvpolicy.errors import IncompleteWarning, LoadError, OfflineError, RunError, one_line
+from kvpolicy.hub import unreachable
 
 __all__ = ["Loaded", "load", "load_tokenizer", "source_of"]
 
@@ -24,17 +26,24 @@ class Loaded:
     tokenizer: Any
 
 
-def load(name: str, dtype: torch.dtype, device: torch.device) -> Loaded:
-    """Load a causal language model and its tokenizer.
+def load(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    working: Callable[[str], AbstractContextManager[None]] = nullcontext,
+) -> Loaded:
+    """Load a causal language model and its tokenizer, and warn of weights that are missing.
 
     Args:
         name: a folder, or a model's name on the hub.
         dtype: of the weights.
         device: where they go.
+        working: given what is being done, returns a context to do it in, which may show progress.
 
     Raises:
-        CommandError: there is no such model, or it is not one that generates text.
-        RunError: the hub cannot be reached.
+        LoadError: there is no such model, or it is not one that generates text.
+        OfflineError: the hub cannot be reached.
+        RunError: a package is missing, or the device has not enough memory.
     """
     source, options = source_of(name)
     label = Path(source).name if options["local_files_only"] else name
@@ -45,10 +54,8 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Loaded:
             raise RunError(f"loading {name} needs more packages: {one_line(error)}") from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise RunError(f"{name} does not fit into the memory of {device}: {one_line(error)}") from error
-        except CommandError:
-            raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
-            raise CommandError(f"cannot load {name}: {one_line(error)}") from error
+            raise LoadError(f"cannot load {name}: {one_line(error)}") from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -58,8 +65,8 @@ def load_tokenizer(name: str) -> Any:
         name: a folder, or a model's name on the hub.
 
     Raises:
-        CommandError: there is no such model, or it has no tokenizer.
-        RunError: the hub cannot be reached.
+        LoadError: there is no such model, or it has no tokenizer.
+        OfflineError: the hub cannot be reached.
     """
     from kvpolicy.quiet import silent
 
@@ -70,7 +77,7 @@ def load_tokenizer(name: str) -> Any:
 
             return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
-        raise CommandError(f"cannot load the tokenizer of {name}: {one_line(error)}") from error
+        raise LoadError(f"cannot load the tokenizer of {name}: {one_line(error)}") from error
 
 
 def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Loaded:
@@ -84,7 +91,11 @@ def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, opti
         model, info = read(source, dtype=dtype, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if missing := sorted(info["missing_keys"]):
-        warn(f"{name} lacks {len(missing)} weights, which are random now: {', '.join(missing[:3])}")
+        warnings.warn(
+            f"{name} lacks {len(missing)} weights, which are random now: {', '.join(missing[:3])}",
+            IncompleteWarning,
+            stacklevel=3,
+        )
     model.generation_config.cache_implementation = None  # the cache is ours to choose
     return Loaded(name, model.to(device).eval(), tokenizer)
 
@@ -93,17 +104,18 @@ def source_of(name: str) -> tuple[str, dict[str, Any]]:
     """Return what to hand to transformers, and whether it may look at the network.
 
     Raises:
-        CommandError: neither a folder nor a name.
+        LoadError: neither a folder nor a name.
+        OfflineError: the hub cannot be reached and the model is not in the local cache.
     """
     path = Path(name).expanduser()
     if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
-            raise CommandError(f"the folder {name} holds no model: there is no config.json in it")
+            raise LoadError(f"the folder {name} holds no model: there is no config.json in it")
         return str(path), {"local_files_only": True}
     if path.is_file():
-        raise CommandError(f"{name} is a file; --model takes the folder that holds config.json, or a hub name")
+        raise LoadError(f"{name} is a file; `name` takes the folder that holds config.json, or a hub name")
     if not name.strip() or name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
-        raise CommandError(f"there is no folder {name!r}; --model takes a folder, or a hub name (owner/model)")
+        raise LoadError(f"there is no folder {name!r}; `name` takes a folder, or a hub name (owner/model)")
     return name, {"local_files_only": not _hub_answers(name)}
 
 
@@ -111,7 +123,7 @@ def _hub_answers(name: str) -> bool:
     """Return whether the hub may be asked for a model; without it, the local cache must do.
 
     Raises:
-        RunError: the hub cannot be reached and the model is not in the local cache.
+        OfflineError: the hub cannot be reached and the model is not in the local cache.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -119,11 +131,11 @@ def _hub_answers(name: str) -> bool:
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError as error:
-        raise CommandError(f"{name!r} is neither a folder nor a hub name: {one_line(error)}") from error
+        raise LoadError(f"{name!r} is neither a folder nor a hub name: {one_line(error)}") from error
     why = unreachable()
     if why and not cached:
-        raise RunError(
+        raise OfflineError(
             f"the model {name} is neither a folder nor in the local cache, and {why}: connect to "
-            "the network, or give the folder of a model that you have, or leave --model out"
+            "the network, or give the folder of a model that you have"
         )
     return not why
