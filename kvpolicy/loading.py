@@ -30,7 +30,7 @@ def load(
     name: str,
     dtype: torch.dtype,
     device: torch.device,
-    working: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    working: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Loaded:
     """Load a causal language model and its tokenizer, and warn of weights that are missing.
 

@@ -113,7 +113,7 @@ class Worker:
         model: Model,
         policies: Sequence[str],
         weights: str,
-        working: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        working: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.model, self.policies, self.weights, self.working = model, tuple(policies), weights, working
         self._engine: Any = None
