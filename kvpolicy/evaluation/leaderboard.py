@@ -17,6 +17,7 @@ LEADERBOARD = (
     "VaSE, noise stays: vase(b, redraw=False, interval=b // 8, recent=b // 8)",
     "VaSE-DKV: vase_dkv(b, interval=b // 8, recent=b // 8)",
     "R-KV: rkv(b, window=b // 8, interval=b // 8, recent=b // 8)",
+    "R-KV, 64 queries: rkv(b, interval=b // 8, recent=b // 8)",  # as many as VaSE asks
     "SnapKV: snapkv(b, window=b // 8, interval=b // 8)",
     "H2O: h2o(b, interval=b // 8)",
     "TOVA: tova(b, interval=b // 8)",
