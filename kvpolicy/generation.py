@@ -19,7 +19,8 @@ class Sampling:
 
     Attributes:
         max_new_tokens: at most.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token. Above it, ``top_p`` and ``top_k`` are those of the model's own
+            ``generation_config``, and transformers' where it has none.
         seed: of the draws.
     """
 

@@ -76,8 +76,7 @@ def bytes_to_move(store: Store, moved: int) -> int:
         moved: slots that change their place, over all layers, requests and heads.
     """
     spec = store.spec
-    element = torch.finfo(spec.dtype).bits // 8
-    row = (spec.head_dim + spec.value_dim) * element + store.positions.element_size() + _remembered(store)
+    row = token_nbytes(spec) // spec.num_heads + store.positions.element_size() + _remembered(store)
     return moved * row + len(store.layers) * spec.num_heads * store.longest * store.order.element_size()
 
 

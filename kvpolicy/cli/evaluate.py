@@ -208,7 +208,7 @@ def _show(records: list[Record], report: Path | None, baseline: str | None) -> N
     from kvpolicy.evaluation.table import footer, legend, rich_tables, rows, text_rows
 
     if not records:
-        raise CommandError("there are no results yet")
+        raise CommandError("there are no results yet: run it without --only-report, or name another file with --out")
     labels = dict.fromkeys(record.cell.label for record in records)
     if baseline is not None and baseline not in (*labels, *map(short, labels)):
         known = ", ".join(map(short, labels))

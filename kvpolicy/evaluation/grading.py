@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 
 from kvpolicy.evaluation.comparing import same_value
 from kvpolicy.evaluation.errors import EvaluationError
@@ -22,7 +21,6 @@ QUANTITY = re.compile(
     rf"(?:\\?\$)?\s*({NUMBER.pattern})\s+"
     r"(?!hundred|thousand|million|billion|dozen|percent)[A-Za-z]{3,}(?: [A-Za-z]+)*\.?"
 )
-LETTER = re.compile(r"(?<![\w'])([A-J])(?![\w'])")
 
 
 def grade(problem: Problem, output: str) -> Answers:
@@ -32,8 +30,7 @@ def grade(problem: Problem, output: str) -> Answers:
     several, each is looked for under its heading, ``Problem 3``; where there are no headings, in the
     order of the boxes. ``"contains"``: the answer stands as a whole word or number in the text after
     any ``</think>``; where the model went on with a sentence of :attr:`Problem.behind`, in the first
-    line alone. ``"choice"``: the last box, or else the last letter from A to J that stands alone, is
-    that of the answer.
+    line alone.
 
     Raises:
         EvaluationError: mathematics is compared, and math-verify is not installed.
@@ -41,8 +38,6 @@ def grade(problem: Problem, output: str) -> Answers:
     if problem.grader == "contains":
         said = _first_line(output) if problem.behind else output.rpartition("</think>")[2]
         return tuple(_contains(said, answer) for answer in problem.answers)
-    if problem.grader == "choice":
-        return tuple(_choice(output) == _choice(answer) != "" for answer in problem.answers)
     _need_math_verify()  # whatever the answers: a run does not find out late
     found = [answer_of(output)] if len(problem.answers) == 1 else _parts(output, len(problem.answers))
     return tuple(_same(answer, one) for answer, one in zip(problem.answers, found, strict=True))
@@ -97,12 +92,6 @@ def _first_line(output: str) -> str:
 def _contains(said: str, answer: str) -> bool:
     """Return whether the answer stands there and is not part of a longer word or number."""
     return bool(re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(answer)}(?!\w)(?![.,]\d)", said, re.IGNORECASE))
-
-
-def _choice(output: str) -> str:
-    boxed = boxes(output)
-    letters: Sequence[str] = LETTER.findall(boxed[-1] if boxed else output)
-    return letters[-1] if letters else ""
 
 
 def _same(gold: str, answer: str) -> bool:

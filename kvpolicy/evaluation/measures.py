@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.record import FULL, Cell, Record, short
-from kvpolicy.evaluation.statistics import Interval, by_problem, mean_interval, paired_interval, score_interval
+from kvpolicy.evaluation.statistics import Interval, by_problem, mean_interval, paired_interval, rate_interval
 
 __all__ = ["Row", "TextRow", "grouped", "is_text", "rows", "text_rows"]
 
@@ -114,7 +115,7 @@ def rows(records: Iterable[Record], baseline: str = FULL) -> list[Row]:
             cell=cell,
             n=len(_scores(members)),
             runs=len(members),
-            score=score_interval(list(_scores(members).values())),
+            score=rate_interval(list(_scores(members).values())),
             difference=_difference(cell, groups, baseline),
             baseline=baseline,
             compression=_mean(members, "compression"),
@@ -180,6 +181,9 @@ def _difference(cell: Cell, groups: Mapping[Cell, list[Record]], baseline: str) 
         other for other in groups if baseline in (other.label, short(other.label)) and _setting(other) == _setting(cell)
     ]
     at_budget = {other.budget: other for other in alike}
+    if len(at_budget) < len(alike):
+        texts = " and ".join(sorted({other.policy for other in alike}))
+        raise EvaluationError(f"{baseline!r} is the name of several policies, {texts}: name one as it was typed")
     other = at_budget.get(cell.budget, at_budget.get(0))
     if other is None or baseline in (cell.label, short(cell.label)):
         return None

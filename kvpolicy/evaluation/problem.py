@@ -10,7 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 __all__ = ["Answers", "Grader", "Message", "Problem", "Task", "Text"]
 
 #: How an answer is compared: by mathematical value, as a word that must occur, or as one of some letters.
-Grader = Literal["math", "contains", "choice"]
+Grader = Literal["math", "contains"]
 
 
 @dataclass(frozen=True)

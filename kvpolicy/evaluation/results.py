@@ -26,6 +26,14 @@ __all__ = ["SCHEMA", "Results", "cell_from_dict", "decode", "encode", "read", "r
 SCHEMA = 1  #: the version of a line; another one is refused
 HEAD = b'{"schema":'  # how every line begins, hence also one that was cut
 
+_SHARE = (0.0, 1.0)
+#: Between what the numbers of a record lie, where they are there.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("agreement", "compression", "survival", "survival_union"), _SHARE),
+    **dict.fromkeys(("batch", "evictions", "peak_nbytes", "prompt_tokens", "seconds", "tokens"), (0.0, math.inf)),
+    **dict.fromkeys(("full_log_prob", "kl", "log_prob"), (-math.inf, math.inf)),
+}
+
 Finished = dict[Cell, dict[str, Record]]
 
 
@@ -165,7 +173,19 @@ def record_from_dict(fields: dict[str, Any]) -> Record:
     checked = _checked(fields, kinds)
     if not math.isfinite(checked["score"]):
         raise ValueError(f"its score is {checked['score']}, which is not finite")
+    if "kl" not in checked["details"]:
+        _within("score", checked["score"], *_SHARE)
+    for name, value in checked["details"].items():
+        if name in _RANGES and value is not None:
+            _within(name, value, *_RANGES[name])
     return Record(cell_from_dict(checked.pop("cell")), **checked)
+
+
+def _within(name: str, value: object, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"its {name} is {value!r}, expected a number")
+    if not least <= value <= most:
+        raise ValueError(f"its {name} is {value!r}, expected {least:g} to {most:g}".replace(" to inf", " or more"))
 
 
 def cell_from_dict(fields: dict[str, Any]) -> Cell:

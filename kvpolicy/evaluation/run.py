@@ -64,7 +64,7 @@ def _done(worker: Worker, work: Sequence[Job], cluster: Cluster | None) -> Itera
         worker.setup()
         yield from map(worker, work)
         return
-    from kvpolicy.evaluation.spread import spread
+    from kvpolicy.evaluation.distributed import spread
 
     address = None if cluster.address == "local" else cluster.address
     yield from spread(work, worker, address=address, workers=cluster.workers, cpus=cluster.cpus, gpus=cluster.gpus)

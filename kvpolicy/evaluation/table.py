@@ -68,9 +68,9 @@ def footer(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
     """Return what a reader must know of a table, a line each."""
     sizes = sorted({row.n for row in found}) or [0]
     n = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    bootstrap = "the percentile bootstrap (10,000 resamples)"
+    bootstrap = "the expanded percentile bootstrap (10,000 resamples)"
     is_texts = bool(found) and isinstance(found[0], TextRow)
-    method = bootstrap if is_texts else f"Wilson's where all scores are 0 or 1, or all equal, else {bootstrap}"
+    method = bootstrap if is_texts else "Wilson's"
     lines = [
         "budget: slots kept per KV head after an eviction, the last `recent` tokens and guards among them; "
         "between evictions up to `interval` more.",
@@ -78,7 +78,7 @@ def footer(found: Sequence[Row] | Sequence[TextRow]) -> list[str]:
         f"[low, high]: 95 % over problems, n = {n}, the seeds of a problem averaged: {method}.",
     ]
     if sizes[0] < 30:
-        lines.append("An interval over fewer than thirty problems is too narrow, more so where scores are skewed.")
+        lines.append("An interval over fewer than thirty problems is too narrow where values are skewed.")
     if any(row.difference for row in found):
         lines += [
             f"difference: from {short(found[0].baseline)}, paired over the problems that both have; "

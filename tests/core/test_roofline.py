@@ -114,6 +114,13 @@ def test_every_recipe_has_a_cost() -> None:
             assert found.flops >= 2 * HQ * D * (budget + grown), name  # by one query a head, at least
 
 
+def test_latents_have_no_values_to_move() -> None:
+    latents = LayerSpec(1, 4, 20, 16, 0, torch.float32, torch.device("meta"), values_in_keys=True)
+    moved = EVERY * (20 * 4 + POSITION)
+    found = cost(small("streaming_llm", recent=10), latents)
+    assert found == Cost((BUDGET + EVERY) * 8 + moved, moved + BUDGET * 4, 0)
+
+
 def test_latents_are_asked_by_longer_queries() -> None:
     latents = LayerSpec(1, 4, 20, 16, 0, torch.float32, torch.device("meta"), query_dim=12, values_in_keys=True)
     found = cost(Policy(Attention(4) >> TopK(BUDGET), interval=EVERY, recent=4), latents)

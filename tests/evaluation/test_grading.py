@@ -70,14 +70,6 @@ def test_without_a_text_behind_every_line_after_the_thoughts_counts() -> None:
     assert grade(asked, "<think>ABCDE, FGHIJ?</think>It is FGHIJ.") == (False, True)
 
 
-def test_letters_are_compared_as_letters() -> None:
-    asked = problem("B", grader="choice")
-    assert grade(asked, r"A is wrong. \boxed{\text{(B)}} and not C") == (True,)
-    assert grade(asked, "The answer is B.") == (True,)
-    assert grade(asked, "The answer is C.") == (False,)
-    assert grade(asked, "none") == (False,)
-
-
 def test_a_missing_library_is_said_and_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from kvpolicy.evaluation.errors import EvaluationError
 from kvpolicy.evaluation.record import Record
-from kvpolicy.evaluation.statistics import Interval, mean_interval, paired_interval, score_interval
+from kvpolicy.evaluation.statistics import Interval, mean_interval, paired_interval, rate_interval
 from kvpolicy.evaluation.table import (
     NARROW,
     Row,
@@ -52,7 +53,7 @@ def test_what_a_row_says_of_answers() -> None:
         ]
     )
     assert (row.n, row.runs) == (4, 4)
-    assert row.score == score_interval([1.0, 0.0, 0.0, 0.0])
+    assert row.score == rate_interval([1.0, 0.0, 0.0, 0.0])
     assert row.difference is None
     assert (row.compression, row.peak_nbytes, row.tokens) == (0.5, 30, 500)
     assert (row.loop, row.loop_zip, row.truncated) == (0.5, 0.25, 0.25)
@@ -78,7 +79,7 @@ def test_seeds_are_pooled_into_a_row_and_averaged_by_problem() -> None:
     one = replace(VASE, seed=1)
     [row] = rows(answers(VASE, [1.0, 0.0, 0.0]) + answers(one, [1.0, 1.0, 0.0]))
     assert (row.n, row.runs) == (3, 6)
-    assert row.score == mean_interval([1.0, 0.5, 0.0])
+    assert row.score == rate_interval([1.0, 0.5, 0.0])
     assert row.cell == VASE
 
 
@@ -97,7 +98,7 @@ def test_differences_are_from_the_baseline_over_shared_problems() -> None:
     records = answers(FULL, ONES) + answers(VASE, [1.0] + [0.0] * 7) + answers(SNAP, [1.0, 0.0])
     full, snap, vase = rows(records)
     assert full.difference is None
-    assert vase.difference == Interval(-0.875, -1.0, -0.625, 8)
+    assert vase.difference == Interval(-0.875, -1.0, -0.5, 8)
     assert snap.difference is not None
     assert snap.difference.n == 2
     assert not snap.difference.excludes_zero
@@ -105,7 +106,7 @@ def test_differences_are_from_the_baseline_over_shared_problems() -> None:
     assert [line["difference, points"] for line in lines] == [
         "–",
         "-50.0 [-100.0, 0.0]",
-        "-87.5 [-100.0, -62.5]\\*",
+        "-87.5 [-100.0, -50.0]\\*",
     ]
     [_, few] = rows(answers(FULL, ONES) + answers(SNAP, [1.0]))
     assert few.difference is None
@@ -232,3 +233,9 @@ def test_the_footer_says_what_a_budget_is_and_how_intervals_are_made() -> None:
         assert part in notes
     assert "Wilson" not in "\n".join(footer(text_rows(texts(VASE, [0.1]))))
     assert "difference" not in "\n".join(footer(rows(answers(FULL, ONES))))
+
+
+def test_a_name_of_two_policies_is_no_baseline() -> None:
+    other = replace(VASE, policy=f"{VASE.policy} # another")
+    with pytest.raises(EvaluationError, match="is the name of several policies"):
+        rows(answers(VASE, ONES) + answers(other, ONES) + answers(SNAP, ONES), VASE.label)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvpolicy.errors import RunError
+from kvpolicy.evaluation.distributed import _insist, spread
 from kvpolicy.evaluation.errors import EvaluationError
-from kvpolicy.evaluation.spread import _insist, spread
 from tests.evaluation.commands import PASSCODE, POLICIES, TEXT, Run, table, timeless
 
 WORKERS = 2
