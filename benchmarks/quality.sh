@@ -19,7 +19,9 @@ results=${RESULTS:-$root/.results}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$results"
 
-evaluate() { # NAME, then arguments: each name is a file, so that several can run at once
+# NAME, then arguments: each name is a file, so that several can run at once. What is compared and the parts of VaSE
+# share a file, since some policies are both.
+evaluate() {
     name=$1
     shift
     for model in ${MODELS:-}; do
@@ -39,7 +41,8 @@ for section in ${*:-leaderboard answers ablation values page}; do
             evaluate answers --leaderboard --task "svamp(shots=1, split='odd')" --limit 200 --budget 96 --batch 40
             ;;
         ablation)
-            evaluate ablation --ablation --task "wikitext(length=512)" --task "passcode(length=512, count=48)" --budget 128
+            evaluate leaderboard --ablation --task "wikitext(length=512)" --budget 128
+            evaluate recall --ablation --task "passcode(length=512, count=48)" --budget 128
             ;;
         values)
             # shellcheck disable=SC2086  # several models

@@ -55,10 +55,10 @@ def _table(name: str, records: Sequence[Record], baseline: str | None) -> str:
     if not mine:
         raise SystemExit(f"no result of {model} on {task}: run it first")
     found = text_rows(mine, baseline) if is_text(mine[0]) else rows(mine, baseline or FULL)
-    made_with = {(name, version) for one in mine for name, version in one.versions.items()}
+    made_with = {made for one in mine for made in one.versions.items()}
     versions = ", ".join(f"{name} {version}" for name, version in sorted(made_with))
     notes = "".join(f"- {line.replace('*', chr(92) + '*')}\n" for line in footer(found))
-    shown = markdown(found, without=("model", "task", "peak KV bytes", "output error, %"))
+    shown = markdown(found, without=("model", "task", "peak KV bytes", "output error, %", "tokens/s"))
     dtypes = ", ".join(sorted({one.cell.dtype for one in mine}))
     return f"{shown}\n{notes}- {versions}; {dtypes}.\n"
 

@@ -67,7 +67,15 @@ def measured(name: str) -> str:
         row = re.search(rf"^\| {re.escape(label[1])} \| 128 \| \d+ \| ([\d.]+) ", block, re.MULTILINE)
         assert row, f"docs/results.md has no row of {label[1]} on {model}"
         found.append(f"{row[1]} ({model})")
-    return f"KL to the full cache at 128 slots, nats: {', '.join(found)}; see [Results](../results.md)"
+    kl = f"KL to the full cache at 128 slots, nats: {', '.join(found)}"
+    return f"{kl}{_answered(label[1], page)}; see [Results](../results.md)"
+
+
+def _answered(label: str, page: str) -> str:
+    """Return how many answers were right under a method, where that was measured."""
+    table = re.search(r"<!-- results: (\S+) svamp.*?-->(.*?)<!-- end -->", page, re.DOTALL)
+    row = table and re.search(rf"^\| {re.escape(label)} \| (\d+) \| \d+ \| ([\d.]+) ", table[2], re.MULTILINE)
+    return f"; elementary questions right at {row[1]} slots, %: {row[2]} ({table[1]})" if table and row else ""
 
 
 def shown(url: str) -> str:
