@@ -269,7 +269,8 @@ class _Reader:
     def unknown(self, node: ast.expr, name: str) -> NoReturn:
         if name == "b":
             raise ParseError("'b' stands for the budget in kvpolicy eval only; write a number")
-        raise ParseError(f"{name!r} is not known{nearest(name, _callables())}; kvpolicy list names all")
+        hint = "; for a budget write a number, or b in kvpolicy eval" if len(name) == 1 else ""
+        raise ParseError(f"{name!r} is not known{nearest(name, _callables())}; kvpolicy list names all{hint}")
 
     def refuse(self, node: ast.expr, why: str) -> NoReturn:
         found = ast.get_source_segment(self.source, node) or ast.unparse(node)

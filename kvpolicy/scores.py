@@ -44,7 +44,23 @@ class Scores:
 
     @staticmethod
     def of(view: View, values: Tensor, *, weights: bool) -> Scores:
-        """Make scores of ``values``, with the tiers that the view alone decides."""
+        """Make scores of ``values``, with the tiers that the view alone decides.
+
+        Args:
+            view: whose slots they are.
+            values: ``[B, H, S]``, as ``view.positions``.
+            weights: whether they are weights or logits, see above.
+
+        Raises:
+            ParameterError: they are no tensor of that shape. It would be stretched, and one request could have
+                the scores of another.
+        """
+        if not isinstance(values, Tensor) or values.shape != view.positions.shape:
+            what = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ParameterError(
+                f"Scores.of(view, values): a score a slot is {list(view.positions.shape)}, found {what}; "
+                "expand it to view.positions.shape"
+            )
         recent = torch.where(view.candidates, Tier.CANDIDATE, Tier.RECENT)
         tier = torch.where(view.valid, recent, Tier.FREE)
         return Scores(values.to(torch.float32), tier, weights)

@@ -172,7 +172,7 @@ class Scorer(Stage):
 
     def score_with(self, view: View, states: State) -> Scores:
         """Return the scores, given the states of all leaves of this node."""
-        return self.score(view, states[view.stage])
+        return _scores(self, "score", self.score(view, states[view.stage]))
 
     @overload
     def __rshift__(self, other: Transform) -> Scorer: ...
@@ -225,7 +225,7 @@ class Transform(Stage):
 
     def apply_with(self, scores: Scores, view: View, states: State) -> Scores:
         """Return the transformed scores, given the states of all leaves of this node."""
-        return self.apply(scores, view, states[view.stage])
+        return _scores(self, "apply", self.apply(scores, view, states[view.stage]))
 
     @overload
     def __rshift__(self, other: Transform) -> Transform: ...
@@ -451,6 +451,7 @@ class Chain:
             if not dataclasses.is_dataclass(leaf):
                 name = type(leaf).__name__
                 raise CompositionError(f"{name} is not a dataclass; write @dataclass(frozen=True) above class {name}")
+            _insist_on_method(leaf)
         if isinstance(self.scorer, Piped):  # one form for one meaning: a >> b belongs to the chain
             transform = self.scorer.transform
             object.__setattr__(
@@ -481,6 +482,24 @@ def bracketed(node: Stage, full: bool, *looser: type) -> str:
     """Return the text of a node, in brackets where it binds looser than its surroundings."""
     text = node.text(full=full)
     return f"({text})" if isinstance(node, looser) else text
+
+
+def _insist_on_method(leaf: Stage) -> None:
+    """Refuse a stage that lacks what makes it one, before a token is spent."""
+    for role, names in (
+        (Scorer, ("score", "score_with")),
+        (Transform, ("apply", "apply_with")),
+        (Selector, ("select",)),
+    ):
+        if isinstance(leaf, role) and all(getattr(type(leaf), name) is getattr(role, name) for name in names):
+            raise CompositionError(f"{type(leaf).__name__} has no method {names[0]}(), which makes a {role.__name__}")
+
+
+def _scores(stage: Stage, method: str, found: object) -> Scores:
+    if isinstance(found, Scores):
+        return found
+    name = f"{type(stage).__name__}.{method}()"
+    raise CompositionError(f"{name} returned {type(found).__name__}; return Scores.of(view, values, weights=...)")
 
 
 def _starts(node: Stage, start: int) -> list[int]:

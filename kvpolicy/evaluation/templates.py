@@ -145,6 +145,8 @@ class _Filler(ast.NodeTransformer):
                         return ast.Constant(left * right)
                     case ast.FloorDiv() if right:
                         return ast.Constant(left // right)
+                    case ast.FloorDiv():
+                        raise EvaluationError(f"{left} // {right} divides by zero in a policy: write another divisor")
                     case ast.Div():
                         raise EvaluationError(f"{left} / {right} need not be a whole number: write // in a policy")
                     case _:

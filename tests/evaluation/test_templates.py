@@ -100,7 +100,7 @@ def test_a_budget_is_at_least_one(budget: int) -> None:
         ("", "empty"),
         ("ful", "'ful'"),
         ("vase(b / 2)", "write // in a policy"),
-        ("vase(b // 0)", "b=128"),
+        ("vase(b // 0)", "128 // 0 divides by zero in a policy: write another divisor"),
         ("vase(b ** 2)", "b=128"),
         ("b", "128"),
         ("ValueGuard() >> Stochastic(1.0)", "no selector"),
