@@ -39,7 +39,7 @@ class Returns(Scorer):
             case "rows":
                 return Scores.of(view, norms.mean(1), weights=True)
             case _:
-                return Scores.of(view, "abc", weights=True)  # type: ignore[arg-type]
+                return Scores.of(view, "abc", weights=True)
 
 
 @pytest.mark.parametrize(
