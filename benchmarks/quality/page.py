@@ -34,15 +34,18 @@ def written(page: str, records: Sequence[Record], baseline: str | None = None) -
     Raises:
         SystemExit: a block has no record.
     """
+    parts = set(ABLATION) - set(LEADERBOARD)
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
         if name == LEGEND:
             text = _policies(records)
         elif match["kind"] == "ablation":
-            text = _table(name, [one for one in records if one.cell.label in ABLATION], "top-k")
+            at = {0, *(one.cell.budget for one in records if one.cell.label in parts)}  # not all that were compared
+            text = _table(
+                name, [one for one in records if one.cell.label in ABLATION and one.cell.budget in at], "top-k"
+            )
         else:
-            parts = set(ABLATION) - set(LEADERBOARD)
             text = _table(name, [one for one in records if one.cell.label not in parts], baseline)
         return f"{match['begin']}\n{text}\n{match['end']}"
 

@@ -45,19 +45,20 @@ def test_a_block_holds_the_table_of_its_model_and_task() -> None:
 
 
 def test_the_parts_of_a_policy_have_a_table_of_their_own() -> None:
-    def record(label: str, score: float, i: int) -> Record:
-        return Record(
-            Cell("m", "w", "e", "float32", "t", label, label, 8, 0), f"p/{i}", score, {"tokens": 3}, {"t": "1"}
-        )
+    def record(label: str, score: float, i: int, budget: int = 8) -> Record:
+        cell = Cell("m", "w", "e", "float32", "t", label, label, budget, 0)
+        return Record(cell, f"p/{i}", score, {"tokens": 3}, {"t": "1"})
 
     part = next(one for one in ABLATION if one.startswith("top-k + sampling: "))
     top_k = next(one for one in ABLATION if one.startswith("top-k: "))
     shared = next(one for one in ABLATION if one.startswith("random: "))
     records = [record(one, float(one == part), i) for one in (part, top_k, shared, "mine: vase(b)") for i in range(8)]
+    records += [record(shared, 0.0, i, budget=16) for i in range(8)]
     page = "".join(f"<!-- {kind}: m t -->\n<!-- end -->\n" for kind in ("results", "ablation"))
     compared, parts, _ = written(page, records).split("<!-- end -->")
     assert [name in compared for name in ("| top-k", "| random |", "| mine |")] == [False, True, True]
     assert [name in parts for name in ("| top-k |", "| random |", "| mine |")] == [True, True, False]
+    assert ("| random | 16 |" in compared, "| random | 16 |" in parts) == (True, False)
     assert re.search(r"\| top-k \+ sampling \|.*\+100\.0 \[100\.0, 100\.0\]", parts)
 
 
