@@ -55,18 +55,18 @@ class Scores:
             ParameterError: they are no tensor of that shape. It would be stretched, and one request could have
                 the scores of another.
         """
-        if not isinstance(values, Tensor) or values.shape != view.positions.shape:
-            what = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ParameterError(
-                f"Scores.of(view, values): a score a slot is {list(view.positions.shape)}, found {what}; "
-                "expand it to view.positions.shape"
-            )
+        _insist_on_slots("Scores.of(view, values): a score", values, view.positions)
         recent = torch.where(view.candidates, Tier.CANDIDATE, Tier.RECENT)
         tier = torch.where(view.valid, recent, Tier.FREE)
         return Scores(values.to(torch.float32), tier, weights)
 
     def replace(self, values: Tensor, *, weights: bool) -> Scores:
-        """Return scores with other numbers and the same tiers."""
+        """Return scores with other numbers and the same tiers.
+
+        Raises:
+            ParameterError: they are no tensor of the same shape.
+        """
+        _insist_on_slots("replace(values): a score", values, self.tier)
         return Scores(values.to(torch.float32), self.tier, weights)
 
     def guard(self, mask: Tensor, tier: int) -> Scores:
@@ -75,12 +75,21 @@ class Scores:
         Free slots are never protected. Guards compose: the highest tier counts.
 
         Raises:
-            ParameterError: the tier is not one of a guard, 2 to 6.
+            ParameterError: the tier is not one of a guard, 2 to 6, or the mask is no tensor of the scores' shape.
         """
+        _insist_on_slots("guard(mask, tier): a bool", mask, self.tier)
         if not Tier.CANDIDATE < tier < Tier.RECENT:
             raise ParameterError(f"guard(mask, {tier}): a guard's tier is 2 to 6, such as Tier.VALUE or Tier.SINK")
         raised = torch.where(mask & (self.tier > Tier.FREE), tier, Tier.FREE)
         return dataclasses.replace(self, tier=torch.maximum(self.tier, raised))
+
+
+def _insist_on_slots(what: str, found: object, like: Tensor) -> None:
+    """Refuse what has not one number a slot: torch would stretch it, over rows and heads that it is not of."""
+    if isinstance(found, Tensor) and found.shape == like.shape:
+        return
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise ParameterError(f"{what} a slot is {list(like.shape)}, found {shape}; expand it to view.positions.shape")
 
 
 @dataclass(frozen=True, eq=False)

@@ -486,10 +486,11 @@ def bracketed(node: Stage, full: bool, *looser: type) -> str:
 
 def _insist_on_method(leaf: Stage) -> None:
     """Refuse a stage that lacks what makes it one, before a token is spent."""
-    for role, names in (
+    for role, names in (  # of each row one must be there
         (Scorer, ("score", "score_with")),
         (Transform, ("apply", "apply_with")),
         (Selector, ("select",)),
+        (Selector, ("budgets",)),
     ):
         if isinstance(leaf, role) and all(getattr(type(leaf), name) is getattr(role, name) for name in names):
             raise CompositionError(f"{type(leaf).__name__} has no method {names[0]}(), which makes a {role.__name__}")

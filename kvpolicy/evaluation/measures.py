@@ -183,7 +183,8 @@ def _difference(cell: Cell, groups: Mapping[Cell, list[Record]], baseline: str) 
     at_budget = {other.budget: other for other in alike}
     if len(at_budget) < len(alike):
         texts = " and ".join(sorted({other.policy for other in alike}))
-        raise EvaluationError(f"{baseline!r} is the name of several policies, {texts}: name one as it was typed")
+        what = "name one as it was typed, or keep the results of one"
+        raise EvaluationError(f"{baseline!r} is the name of several policies, {texts}: {what}")
     other = at_budget.get(cell.budget, at_budget.get(0))
     if other is None or baseline in (cell.label, short(cell.label)):
         return None
